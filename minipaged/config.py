@@ -1,0 +1,278 @@
+"""Options of the engine and of one request: names, defaults, limits.
+
+Both classes refuse what they do not know. Errors name the option, the value seen and the limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+
+from minipaged.errors import ConfigError, InvalidParameterError
+
+DEVICES = ("auto", "reference", "cpu", "cuda")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = (None, "int8", "int4")
+KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+POLICIES = ("fcfs", "priority", "static")
+MAX_BLOCK_SIZE = 256
+
+
+def reject_unknown(cls: type, given: dict, error: type[Exception]) -> None:
+    """Raise ``error`` for the first key of ``given`` that is no field of the dataclass ``cls``."""
+    known = [f.name for f in dataclasses.fields(cls)]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else f" Known options: {', '.join(known)}."
+            raise error(f"unknown option {name!r}.{hint}")
+
+
+def _check_choice(error, name, value, choices):
+    if value not in choices:
+        raise error(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
+
+
+def _check_int(error, name, value, low=None, high=None, optional=False):
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise error(f"{name} is {value!r}; it must be an integer.")
+    _check_range(error, name, value, low, high)
+
+
+def _check_number(error, name, value, low=None, high=None, optional=False):
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise error(f"{name} is {value!r}; it must be a finite number.")
+    _check_range(error, name, value, low, high)
+
+
+def _check_range(error, name, value, low, high):
+    if low is not None and value < low:
+        raise error(f"{name} is {value}; it must be at least {low}.")
+    if high is not None and value > high:
+        raise error(f"{name} is {value}; it must be at most {high}.")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything that is fixed when an engine is made.
+
+    Attributes:
+        model: a name from the catalog, a directory in Hugging Face layout, or a GGUF file.
+        device: ``"reference"`` (NumPy), ``"cpu"``, ``"cuda"`` or ``"auto"`` (the fastest that works).
+        dtype: precision of weights and activations; ``"float32"`` makes everything float32.
+        quantization: ``None``, ``"int8"`` or ``"int4"``; weights only.
+        kv_cache_dtype: precision of the KV cache; ``"auto"`` follows ``dtype``.
+        num_blocks: KV blocks in the pool; ``None`` sizes it from ``kv_cache_memory``.
+        kv_cache_memory: bytes for the KV pool when ``num_blocks`` is ``None``; ``None`` lets the
+            engine choose: room for ``max_num_seqs`` sequences of ``max_model_len`` tokens, at most
+            a quarter of the memory that is free.
+        block_size: tokens a block, a power of two from 1 to 256.
+        max_model_len: prompt plus generated tokens of one request; ``None``: what the model allows.
+        max_num_seqs: sequences that run in one step, at most.
+        max_num_batched_tokens: tokens computed in one step, at most.
+        enable_prefix_caching: find KV of equal prompt prefixes instead of computing it again.
+        policy: ``"fcfs"``, ``"priority"`` (lower value first), or ``"static"``: contiguous
+            max-length reservation and batches that wait for their slowest member, the baseline
+            that paged attention replaced, kept for comparison.
+        num_threads: compute threads; ``None``: the physical cores this process may use.
+        seed: seed of requests that bring none.
+        speculative_model: reserved for speculative decoding; refused where it is not available.
+        swap_space: bytes of host memory for preempted KV; refused where it is not available.
+        check_integrity: verify the laws of the block pool after every step (slow; for tests).
+    """
+
+    model: str = "smollm2-135m"
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str | None = None
+    kv_cache_dtype: str = "auto"
+    num_blocks: int | None = None
+    kv_cache_memory: int | None = None
+    block_size: int = 16
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 1024
+    enable_prefix_caching: bool = True
+    policy: str = "fcfs"
+    num_threads: int | None = None
+    seed: int = 0
+    speculative_model: str | None = None
+    swap_space: int = 0
+    check_integrity: bool = False
+
+    @classmethod
+    def from_options(cls, **options) -> EngineConfig:
+        """As the constructor, but an unknown option raises :class:`ConfigError` with a suggestion."""
+        reject_unknown(cls, options, ConfigError)
+        return cls(**options)
+
+    def __post_init__(self):
+        err = ConfigError
+        if not isinstance(self.model, str) or not self.model:
+            raise err(f"model is {self.model!r}; it must be a name or a path.")
+        _check_choice(err, "device", self.device, DEVICES)
+        _check_choice(err, "dtype", self.dtype, DTYPES)
+        _check_choice(err, "quantization", self.quantization, QUANTIZATIONS)
+        _check_choice(err, "kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        _check_choice(err, "policy", self.policy, POLICIES)
+        _check_int(err, "num_blocks", self.num_blocks, 1, 2**31 - 1, optional=True)
+        _check_int(err, "kv_cache_memory", self.kv_cache_memory, 1, optional=True)
+        _check_int(err, "block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+        if self.block_size & (self.block_size - 1):
+            raise err(f"block_size is {self.block_size}; it must be a power of two from 1 to {MAX_BLOCK_SIZE}.")
+        _check_int(err, "max_model_len", self.max_model_len, 1, optional=True)
+        _check_int(err, "max_num_seqs", self.max_num_seqs, 1, 65536)
+        _check_int(err, "max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**24)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise err(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, fewer than max_num_seqs "
+                f"({self.max_num_seqs}): some running sequences would get no token in a step. "
+                "Raise the first or lower the second."
+            )
+        for name in ("enable_prefix_caching", "check_integrity"):
+            if not isinstance(getattr(self, name), bool):
+                raise err(f"{name} is {getattr(self, name)!r}; it must be True or False.")
+        _check_int(err, "num_threads", self.num_threads, 1, 1024, optional=True)
+        _check_int(err, "seed", self.seed, 0, 2**64 - 1)
+        _check_int(err, "swap_space", self.swap_space, 0)
+
+
+@dataclass
+class SamplingParams:
+    """How one request is continued; the vocabulary is vLLM's.
+
+    Attributes:
+        n: continuations returned for the prompt.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: keep the k most likely tokens; 0 or -1 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches this.
+        min_p: drop tokens less likely than ``min_p`` times the likeliest.
+        presence_penalty, frequency_penalty: subtracted once, or once an occurrence, from the logit
+            of each token generated so far. From -2 to 2.
+        repetition_penalty: logits of tokens in prompt or output are divided by it if positive,
+            multiplied if negative. Above 0; 1 does nothing.
+        seed: makes the random numbers of this request a function of (seed, position) alone.
+        stop: a string or strings that end the text; not part of it.
+        stop_token_ids: token ids that end the text.
+        include_stop_str_in_output: leave the stop string in the text.
+        max_tokens: tokens generated at most; ``None``: up to ``max_model_len``.
+        min_tokens: no end-of-sequence or stop token before this many.
+        ignore_eos: go on after end-of-sequence.
+        logprobs: log-probabilities of this many likeliest tokens at each position (and the chosen).
+        prompt_logprobs: the same for the prompt's tokens.
+        logit_bias: token id to number (-100 to 100) added to its logit.
+        allowed_token_ids: only these tokens may be generated.
+        bad_words: strings that must not be generated.
+        skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: accepted as in vLLM; has no effect on byte-level vocabularies.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    skip_special_tokens: bool = True
+
+    MAX_LOGPROBS = 1024  # not a field: no annotation
+
+    @classmethod
+    def from_options(cls, **options) -> SamplingParams:
+        """As the constructor, but an unknown option raises :class:`InvalidParameterError`."""
+        reject_unknown(cls, options, InvalidParameterError)
+        return cls(**options)
+
+    def __post_init__(self):
+        err = InvalidParameterError
+        _check_int(err, "n", self.n, 1, 1024)
+        _check_number(err, "temperature", self.temperature, 0, 1000)
+        _check_int(err, "top_k", self.top_k, -1)
+        _check_number(err, "top_p", self.top_p, 0, 1)
+        if self.top_p == 0:
+            raise err("top_p is 0; it must be above 0 (1 keeps every token; use temperature=0 for greedy).")
+        _check_number(err, "min_p", self.min_p, 0, 1)
+        _check_number(err, "presence_penalty", self.presence_penalty, -2, 2)
+        _check_number(err, "frequency_penalty", self.frequency_penalty, -2, 2)
+        _check_number(err, "repetition_penalty", self.repetition_penalty, 0, 1000)
+        if self.repetition_penalty == 0:
+            raise err("repetition_penalty is 0; it must be above 0 (1 does nothing).")
+        _check_int(err, "seed", self.seed, 0, 2**64 - 1, optional=True)
+        self.stop = self._strings("stop", self.stop, allow_str=True)
+        self.bad_words = self._strings("bad_words", self.bad_words)
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise err(f"{name} is {getattr(self, name)!r}; it must be True or False.")
+        _check_int(err, "max_tokens", self.max_tokens, 1, optional=True)
+        _check_int(err, "min_tokens", self.min_tokens, 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise err(f"min_tokens is {self.min_tokens}, more than max_tokens ({self.max_tokens}).")
+        _check_int(err, "logprobs", self.logprobs, 0, self.MAX_LOGPROBS, optional=True)
+        _check_int(err, "prompt_logprobs", self.prompt_logprobs, 0, self.MAX_LOGPROBS, optional=True)
+        self.stop_token_ids = self._ids("stop_token_ids", self.stop_token_ids)
+        if self.allowed_token_ids is not None:
+            self.allowed_token_ids = self._ids("allowed_token_ids", self.allowed_token_ids)
+            if not self.allowed_token_ids:
+                raise err("allowed_token_ids is empty; at least one token must be allowed (None allows all).")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise err(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers.")
+            for token_id, bias in self.logit_bias.items():
+                _check_int(err, "a token id in logit_bias", token_id, 0)
+                _check_number(err, f"logit_bias[{token_id}]", bias, -100, 100)
+
+    @staticmethod
+    def _strings(name, value, allow_str=False) -> list[str]:
+        if value is None:
+            return []
+        if isinstance(value, str) and allow_str:
+            value = [value]
+        if not isinstance(value, (list, tuple)) or not all(isinstance(s, str) for s in value):
+            raise InvalidParameterError(f"{name} is {value!r}; it must be a list of strings.")
+        if any(not s for s in value):
+            raise InvalidParameterError(f"{name} holds an empty string, which every text contains; remove it.")
+        return list(value)
+
+    @staticmethod
+    def _ids(name, value) -> list[int]:
+        if value is None:
+            return []
+        if not isinstance(value, (list, tuple, set, frozenset)):
+            raise InvalidParameterError(f"{name} is {value!r}; it must be a list of token ids.")
+        for token_id in value:
+            _check_int(InvalidParameterError, f"a token id in {name}", token_id, 0)
+        return list(value)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken, without a random draw."""
+        return self.temperature == 0
+
+    def max_token_id(self) -> int:
+        """The largest token id named anywhere in the parameters, or -1; checked at admission."""
+        ids = [*self.stop_token_ids, *(self.allowed_token_ids or ()), *(self.logit_bias or ())]
+        return max(ids, default=-1)
+
+    def clone(self, **changes) -> SamplingParams:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)

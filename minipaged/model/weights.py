@@ -1,0 +1,85 @@
+"""The weights of a decoder in the form that every backend starts from, and where tensors come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+class TensorSource(Protocol):
+    """Named tensors of a checkpoint, read one at a time (safetensors and GGUF implement this).
+
+    Names are those of Hugging Face's checkpoints whatever the file format, e.g.
+    ``model.layers.0.self_attn.q_proj.weight``; shapes are row-major ``[out, in]``.
+    """
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
+        """The tensor in float32, written into ``out`` (same shape, float32) if that is given.
+
+        Raises :class:`~minipaged.errors.ModelFormatError` for a missing tensor, a wrong shape, or
+        values that are NaN or infinite.
+        """
+        ...
+
+
+@dataclass
+class Norm:
+    """``weight [hidden]`` and, for LayerNorm, ``bias [hidden]``."""
+
+    weight: np.ndarray
+    bias: np.ndarray | None = None
+
+
+@dataclass
+class Linear:
+    """``y = x @ weight.T + bias``; ``weight [out, in]``, ``bias [out]`` or ``None``."""
+
+    weight: np.ndarray
+    bias: np.ndarray | None = None
+
+
+@dataclass
+class Experts:
+    """A mixture of experts: ``router [E, hidden]``, ``gate_up [E, 2 I, hidden]`` (gate rows first),
+    ``down [E, hidden, I]``."""
+
+    router: np.ndarray
+    gate_up: np.ndarray
+    down: np.ndarray
+
+
+@dataclass
+class LayerWeights:
+    """One layer. ``qkv`` has the rows of q, then k, then v (``num_heads * head_dim``, twice
+    ``num_kv_heads * head_dim``). ``gate_up`` has the gate's rows, then up's; only up's where the
+    model is not gated. ``gate_up`` and ``down`` are ``None`` where ``experts`` is set."""
+
+    input_norm: Norm
+    qkv: Linear
+    o: Linear
+    mlp_norm: Norm
+    gate_up: Linear | None = None
+    down: Linear | None = None
+    experts: Experts | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    post_attention_norm: Norm | None = None
+    post_mlp_norm: Norm | None = None
+
+
+@dataclass
+class ModelWeights:
+    """``embedding [vocab, hidden]``; ``lm_head [vocab, hidden]`` is the same array when tied;
+    ``positions [max_position, hidden]`` for learned positions."""
+
+    embedding: np.ndarray
+    lm_head: np.ndarray
+    final_norm: Norm
+    layers: list[LayerWeights]
+    positions: np.ndarray | None = None

@@ -1,0 +1,113 @@
+"""What the engine gives back, in the shape that vLLM's users know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Log-probability (natural logarithm) of one token, its rank (1 = most likely) and its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated continuation.
+
+    ``text`` and ``token_ids`` are all that was generated so far; ``delta`` is the text that came
+    since the previous output of the same stream. ``finish_reason`` is ``None`` while running, then
+    ``"stop"``, ``"length"``, ``"abort"`` or ``"error"``; ``stop_reason`` is the stop string or
+    stop token id that ended it (``None`` for end-of-sequence).
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    delta: str = ""
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """Moments of a request's life, in seconds of ``time.monotonic()``; ``None`` if not reached."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds from arrival to the first step that worked on the request."""
+        if self.first_scheduled_time is None:
+            return None
+        return self.first_scheduled_time - self.arrival_time
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival to the first generated token."""
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The state, or the result, of one request.
+
+    ``num_cached_tokens`` counts the prompt tokens whose KV was found in the prefix cache instead
+    of being computed. ``prompt_logprobs`` has one entry for each prompt token; the first is
+    ``None`` (nothing precedes it). ``error`` holds the reason where ``finish_reason`` is
+    ``"error"``.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since the engine was made, and gauges of this moment (``LLM.stats()``)."""
+
+    device: str = ""
+    num_requests_waiting: int = 0
+    num_requests_running: int = 0
+    num_requests_finished: int = 0
+    num_steps: int = 0
+    num_prompt_tokens_computed: int = 0
+    num_prompt_tokens_cached: int = 0
+    num_generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_blocks_total: int = 0
+    num_blocks_used: int = 0
+    num_blocks_cached: int = 0
+    num_blocks_evicted: int = 0
+    num_blocks_copied: int = 0
+    block_size: int = 0
+    kv_cache_bytes: int = 0
+    weight_bytes: int = 0
+    step_seconds: float = 0.0
+    extra: dict = field(default_factory=dict)
+
+    @property
+    def prefix_cache_hit_rate(self) -> float:
+        """Share (0 to 1) of prompt tokens that were found in the prefix cache."""
+        total = self.num_prompt_tokens_computed + self.num_prompt_tokens_cached
+        return self.num_prompt_tokens_cached / total if total else 0.0

@@ -1,0 +1,5 @@
+"""Build of minipaged; metadata and tool settings are in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
