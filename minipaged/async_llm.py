@@ -1,0 +1,88 @@
+"""``AsyncLLM``: the engine for asyncio programs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from minipaged.config import EngineConfig, SamplingParams
+from minipaged.engine import Engine
+from minipaged.engine_thread import EngineThread
+from minipaged.outputs import EngineStats, RequestOutput
+
+
+class AsyncLLM:
+    """A model for asyncio programs: requests of any number of tasks are batched together.
+
+    >>> async with AsyncLLM("tiny") as llm:
+    ...     async for output in llm.generate("ROMEO:", SamplingParams(temperature=0)):
+    ...         print(output.outputs[0].delta, end="")
+    """
+
+    def __init__(self, model: str = "smollm2-135m", **options):
+        self.config = EngineConfig.from_options(model=str(model), **options)
+        self._engine = Engine(self.config)
+        self._thread = EngineThread(self._engine)
+
+    async def generate(
+        self,
+        prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Continue one prompt, yielding an output for each new token (as :meth:`LLM.stream`).
+
+        Cancelling the task, or leaving the loop and closing the iterator, aborts the request.
+        Raises as :meth:`~minipaged.engine.Engine.prepare`, at the first iteration.
+        """
+        prepared = self._engine.prepare(
+            prompt, sampling_params, request_id=request_id, priority=priority, cache_salt=cache_salt, stream=True
+        )
+        loop = asyncio.get_running_loop()
+        outputs: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+
+        def sink(item: RequestOutput | Exception) -> None:
+            try:
+                loop.call_soon_threadsafe(outputs.put_nowait, item)
+            except RuntimeError:  # the loop was closed with the request still running
+                pass
+
+        self._thread.submit(prepared, sink)
+        finished = False
+        try:
+            while not finished:
+                item = await outputs.get()
+                if isinstance(item, Exception):
+                    finished = True
+                    raise item
+                finished = item.finished
+                yield item
+        finally:
+            if not finished:
+                self._thread.abort_quietly(prepared.request.request_id)
+
+    async def abort(self, request_id: str) -> None:
+        """End a request; its iterator yields a last output with ``finish_reason="abort"``."""
+        self._thread.abort(request_id)
+
+    async def stats(self) -> EngineStats:
+        """Counters since the engine was made, and gauges of this moment."""
+        return await asyncio.to_thread(self._thread.call, self._engine.stats)
+
+    @property
+    def tokenizer(self):
+        """The model's :class:`~minipaged.model.tokenizer.Tokenizer`."""
+        return self._engine.model.tokenizer
+
+    def close(self) -> None:
+        """Abort what is unfinished and end the engine's thread. Closing twice is harmless."""
+        self._thread.close()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exc) -> None:
+        await asyncio.to_thread(self.close)

@@ -1,0 +1,102 @@
+"""From a model's name or path to its parts: features, tensors, tokenizer, template, defaults."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from minipaged.errors import ModelFormatError, ModelNotFoundError
+from minipaged.model import catalog
+from minipaged.model.architectures import config_from_hf
+from minipaged.model.chat import ChatTemplate
+from minipaged.model.config import ModelConfig
+from minipaged.model.tokenizer import Tokenizer
+from minipaged.model.weights import TensorSource
+
+MAX_JSON_BYTES = 64 << 20
+
+
+@dataclass
+class LoadedModel:
+    """A model ready for a runner: nothing of its tensors has been read yet."""
+
+    name: str
+    path: Path
+    config: ModelConfig
+    source: TensorSource
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate | None
+    generation_config: dict = field(default_factory=dict)
+
+
+def load_model(name: str, *, pull: bool = True) -> LoadedModel:
+    """Open ``name`` (catalog name, directory or GGUF file), pulling it first if ``pull`` allows.
+
+    Raises a :class:`~minipaged.errors.ModelError` for files that are missing, malformed, contradict
+    each other or describe something unsupported.
+    """
+    path = catalog.resolve(name, pull=pull)
+    model = _load_directory(name, path) if path.is_dir() else _load_gguf(name, path)
+    if model.tokenizer.vocab_size > model.config.vocab_size:
+        raise ModelFormatError(
+            f"{path}: the tokenizer has {model.tokenizer.vocab_size} tokens, but the model's embedding only "
+            f"{model.config.vocab_size} rows; they do not belong together."
+        )
+    return model
+
+
+def _load_directory(name: str, path: Path) -> LoadedModel:
+    from minipaged.model.safetensors_file import SafetensorsSource
+
+    hf_config = read_json(path / "config.json")
+    generation_config = read_json(path / "generation_config.json", optional=True)
+    config = config_from_hf({**hf_config, **_eos_override(generation_config)})
+    tokenizer = Tokenizer.from_directory(path)
+    return LoadedModel(
+        name=name,
+        path=path,
+        config=config,
+        source=SafetensorsSource(path),
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate.from_directory(path),
+        generation_config=generation_config,
+    )
+
+
+def _load_gguf(name: str, path: Path) -> LoadedModel:
+    from minipaged.model.gguf import GGUFFile
+
+    file = GGUFFile(path)
+    return LoadedModel(
+        name=name,
+        path=path,
+        config=config_from_hf(file.hf_config()),
+        source=file,
+        tokenizer=file.tokenizer(),
+        chat_template=file.chat_template(),
+    )
+
+
+def _eos_override(generation_config: dict) -> dict:
+    """Generation stops where ``generation_config.json`` says, if it says anything."""
+    eos = generation_config.get("eos_token_id")
+    return {} if eos is None else {"eos_token_id": eos}
+
+
+def read_json(path: Path, *, optional: bool = False) -> dict:
+    """The object in a JSON file; ``{}`` if it does not exist and is ``optional``."""
+    if not path.is_file():
+        if optional:
+            return {}
+        raise ModelNotFoundError(f"{path.parent} holds no {path.name}; a model directory needs one.")
+    size = path.stat().st_size
+    if size > MAX_JSON_BYTES:
+        raise ModelFormatError(f"{path} has {size} bytes; the limit for a JSON file is {MAX_JSON_BYTES}.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelFormatError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelFormatError(f"{path} holds a {type(value).__name__}; it must be a JSON object.")
+    return value

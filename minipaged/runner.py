@@ -1,0 +1,142 @@
+"""From a plan in integers to logits: builds the arrays of a step and runs the decoder on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minipaged.backends import Backend
+from minipaged.core.scheduler import ScheduledSequence, SchedulerOutput
+from minipaged.kv_cache import KVCache
+from minipaged.model.architectures import load_weights
+from minipaged.model.decoder import Decoder
+from minipaged.model.loader import LoadedModel
+from minipaged.model.weights import ModelWeights
+from minipaged.ops.interface import Batch
+
+
+@dataclass
+class StepLogits:
+    """Logits of one step, float32 ``[rows, vocab]``.
+
+    ``sample_rows`` holds the row of each scheduled sequence that samples a token, in the plan's
+    order. ``prompt_rows`` maps a request id to ``(first position, slice of rows)`` where the logits
+    of prompt positions were asked for.
+    """
+
+    logits: np.ndarray
+    sample_rows: np.ndarray
+    prompt_rows: dict[str, tuple[int, slice]]
+
+    def to_sample(self) -> np.ndarray:
+        """The logits to sample from, float32 ``[sequences that sample, vocab]``."""
+        return self.logits[self.sample_rows] if self.prompt_rows else self.logits
+
+
+class Runner:
+    """Owns a model's weights and KV cache on one backend, and computes plans with them."""
+
+    def __init__(self, model: LoadedModel, backend: Backend, *, num_blocks: int, block_size: int, max_model_len: int):
+        ops = _make_ops(backend)
+        weights = load_weights(model.config, model.source)
+        self.weight_bytes = _num_bytes(weights)
+        self.block_size = block_size
+        self.kv_cache = KVCache(
+            num_layers=model.config.num_layers,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            num_kv_heads=model.config.num_kv_heads,
+            head_dim=model.config.head_dim,
+        )
+        self.decoder = Decoder(model.config, weights, ops, max_model_len)
+
+    def execute(self, plan: SchedulerOutput, prompt_wanted: dict[str, int] | None = None) -> StepLogits:
+        """Carry out the plan's block copies, then its forward pass.
+
+        ``prompt_wanted`` maps the id of a request to its ``num_prompt_tokens``, if the logits of its
+        prompt positions are wanted too.
+        """
+        if plan.copies:
+            self.kv_cache.copy_blocks(plan.copies)
+        rows, sample_rows, prompt_rows = _wanted_rows(plan.scheduled, prompt_wanted or {})
+        batch = build_batch(plan.scheduled, rows, self.block_size)
+        logits = self.decoder.forward(batch, self.kv_cache)
+        return StepLogits(logits, sample_rows, prompt_rows)
+
+
+def build_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_size: int) -> Batch:
+    """The arrays of a step: tokens of all sequences one after the other (shapes: :class:`Batch`)."""
+    lengths = np.array([len(s.token_ids) for s in scheduled], dtype=np.int64)
+    starts = np.array([s.num_computed_tokens for s in scheduled], dtype=np.int64)
+    query_start_loc = np.zeros(len(scheduled) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=query_start_loc[1:])
+
+    context_lens = starts + lengths
+    num_blocks = -(-context_lens // block_size)
+    block_tables = np.zeros((len(scheduled), int(num_blocks.max())), dtype=np.int32)
+    for row, sequence, used in zip(block_tables, scheduled, num_blocks.tolist(), strict=True):
+        row[:used] = sequence.block_ids[:used]
+
+    sequence_of_token = np.repeat(np.arange(len(scheduled)), lengths)
+    positions = np.arange(query_start_loc[-1]) + (starts - query_start_loc[:-1])[sequence_of_token]
+    blocks = block_tables[sequence_of_token, positions // block_size].astype(np.int64)
+    return Batch(
+        input_ids=np.array([t for s in scheduled for t in s.token_ids], dtype=np.int32),
+        positions=positions.astype(np.int32),
+        slot_mapping=blocks * block_size + positions % block_size,
+        query_start_loc=query_start_loc,
+        context_lens=context_lens.astype(np.int32),
+        block_tables=block_tables,
+        logits_indices=rows,
+    )
+
+
+def _wanted_rows(
+    scheduled: list[ScheduledSequence], prompt_wanted: dict[str, int]
+) -> tuple[np.ndarray, np.ndarray, dict[str, tuple[int, slice]]]:
+    """Which tokens of the step need logits, and where those logits will be found."""
+    rows: list[int] = []
+    sample_rows: list[int] = []
+    prompt_rows: dict[str, tuple[int, slice]] = {}
+    first = 0
+    for sequence in scheduled:
+        count = len(sequence.token_ids)
+        num_prompt_tokens = prompt_wanted.get(sequence.request_id)
+        if num_prompt_tokens is not None:
+            # The logits at a position speak about the next token, so the last prompt position's
+            # belong to the first generated token.
+            wanted = min(count, max(num_prompt_tokens - 1 - sequence.num_computed_tokens, 0))
+            prompt_rows[sequence.request_id] = (sequence.num_computed_tokens, slice(len(rows), len(rows) + wanted))
+            rows.extend(range(first, first + wanted))
+        if sequence.samples:
+            sample_rows.append(len(rows))
+            rows.append(first + count - 1)
+        first += count
+    return np.array(rows, dtype=np.int32), np.array(sample_rows, dtype=np.int64), prompt_rows
+
+
+def _make_ops(backend: Backend):
+    if backend.name == "reference":
+        from minipaged.ops.reference import ReferenceOps
+
+        return ReferenceOps()
+    raise NotImplementedError(backend.name)
+
+
+def _num_bytes(weights: ModelWeights) -> int:
+    """Bytes of all weight arrays, each counted once (a tied ``lm_head`` is the embedding)."""
+    seen: dict[int, int] = {}
+
+    def visit(value):
+        if isinstance(value, np.ndarray):
+            seen[id(value)] = value.nbytes
+        elif isinstance(value, list):
+            for item in value:
+                visit(item)
+        elif hasattr(value, "__dataclass_fields__"):
+            for name in value.__dataclass_fields__:
+                visit(getattr(value, name))
+
+    visit(weights)
+    return sum(seen.values())
