@@ -132,6 +132,11 @@ class LLM:
         return self._open().model.config
 
     @property
+    def chat_template(self):
+        """The model's :class:`~minipaged.model.chat.ChatTemplate`, or ``None`` if it has none."""
+        return self._open().model.chat_template
+
+    @property
     def max_model_len(self) -> int:
         """Tokens that prompt and output of a request may have together."""
         return self._open().max_model_len
