@@ -1,0 +1,78 @@
+"""What may change a row of logits before temperature: masks and biases, one class each."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class LogitsProcessor:
+    """Edits one request's row of logits; made at admission, told of every token.
+
+    Only a processor that remembers something overrides :meth:`append`, :meth:`undo` and :meth:`fork`.
+    """
+
+    def apply(self, row: np.ndarray, output_token_ids: list[int]) -> None:
+        """Edit ``row`` (float32 ``[vocab]``) in place, given the tokens generated so far."""
+        raise NotImplementedError
+
+    def append(self, token_id: int) -> None:
+        """A token was generated."""
+
+    def undo(self, token_id: int) -> None:
+        """The last generated token, ``token_id``, was taken back."""
+
+    def fork(self) -> LogitsProcessor:
+        """A copy that goes its own way; one without memory is its own copy."""
+        return self
+
+
+class AllowedTokens(LogitsProcessor):
+    """Masks all tokens but some."""
+
+    def __init__(self, token_ids):
+        self._ids = np.unique(np.asarray(token_ids, dtype=np.int64))
+
+    def apply(self, row: np.ndarray, output_token_ids: list[int]) -> None:
+        kept = row[self._ids]
+        row.fill(-np.inf)
+        row[self._ids] = kept
+
+
+class BadWords(LogitsProcessor):
+    """Masks the last token of each forbidden sequence where the generated tokens end with the rest.
+
+    Only generated tokens are compared, as in vLLM: a word begun by the prompt may be completed.
+    """
+
+    def __init__(self, sequences: list[tuple[int, ...]]):
+        self._always = np.array([s[0] for s in sequences if len(s) == 1], dtype=np.int64)
+        self._longer = [(list(s[:-1]), s[-1]) for s in sequences if len(s) > 1]
+
+    def apply(self, row: np.ndarray, output_token_ids: list[int]) -> None:
+        row[self._always] = -np.inf
+        for prefix, last in self._longer:
+            if output_token_ids[-len(prefix) :] == prefix:
+                row[last] = -np.inf
+
+
+class MinTokens(LogitsProcessor):
+    """Masks end-of-sequence and stop tokens until ``min_tokens`` were generated."""
+
+    def __init__(self, min_tokens: int, token_ids):
+        self._min_tokens = min_tokens
+        self._ids = np.unique(np.asarray(token_ids, dtype=np.int64))
+
+    def apply(self, row: np.ndarray, output_token_ids: list[int]) -> None:
+        if len(output_token_ids) < self._min_tokens:
+            row[self._ids] = -np.inf
+
+
+class LogitBias(LogitsProcessor):
+    """Adds a number to the logits of some tokens; a masked token stays masked."""
+
+    def __init__(self, bias: dict[int, float]):
+        self._ids = np.array(list(bias), dtype=np.int64)
+        self._values = np.array(list(bias.values()), dtype=np.float32)
+
+    def apply(self, row: np.ndarray, output_token_ids: list[int]) -> None:
+        row[self._ids] += self._values

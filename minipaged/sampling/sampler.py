@@ -1,0 +1,119 @@
+"""One token for each sequence, from its row of logits.
+
+The order is vLLM's: log-probabilities are taken from the raw logits; then allowed_token_ids,
+bad_words, min_tokens, logit_bias, penalties, temperature, min_p, top_k, top_p and the draw.
+
+A row never sees its neighbours: what is computed over the whole matrix (argmax, a finite check) is
+exact in any company, and the rest is computed row by row. So a request's tokens do not depend on its batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minipaged.sampling.draw import draw
+from minipaged.sampling.filters import candidates
+from minipaged.sampling.logprobs import token_logprobs
+from minipaged.sampling.margins import margin
+from minipaged.sampling.philox import uniform
+from minipaged.sampling.state import SamplingState
+
+
+@dataclass(slots=True)
+class SampledToken:
+    """The outcome of one row.
+
+    ``logprob``, ``rank`` and ``top`` (see ``TokenLogprobs``) are set where the request asks for
+    ``logprobs``; ``margin`` where the caller asks (see ``margins.py``). Where ``error`` is set, nothing was sampled,
+    and ``token_id`` is -1.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    rank: int | None = None
+    top: tuple[list[int], list[float]] | None = None
+    margin: float | None = None
+    error: str | None = None
+
+
+class Sampler:
+    """Samples for a vocabulary of ``vocab_size`` tokens; has no memory of its own."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def sample(
+        self, logits: np.ndarray, states: list[SamplingState], *, with_margins: bool = False
+    ) -> list[SampledToken]:
+        """Sample one token a row. States and logits are only read.
+
+        Args:
+            logits: float32 ``[S, vocab_size]``.
+            states: one for each row, ``[S]``; their ``append`` is the caller's to call.
+            with_margins: also say how near each choice was to another one (slow; for tests).
+
+        Returns:
+            ``[S]`` outcomes. A row with NaN or infinite logits, or with every token masked, has its
+            ``error`` set, and the others are not touched by it.
+        """
+        if logits.shape != (len(states), self.vocab_size):
+            raise ValueError(f"logits have shape {logits.shape}; expected {(len(states), self.vocab_size)}.")
+        if not states:
+            return []
+        # Extreme logits overflow on the way to a value that is then checked for being finite.
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            likeliest = logits.argmax(axis=1).tolist()
+            suspect = (~np.isfinite(logits.sum(axis=1))).tolist()
+            uniforms = self._uniforms(states)
+            return [
+                self._sample_row(row, *facts, with_margins)
+                for row, *facts in zip(logits, states, likeliest, suspect, uniforms, strict=True)
+            ]
+
+    @staticmethod
+    def _uniforms(states: list[SamplingState]) -> list[float]:
+        if all(state.params.greedy for state in states):
+            return [0.0] * len(states)
+        return uniform([state.seed for state in states], [state.position for state in states]).tolist()
+
+    def _sample_row(self, raw, state, likeliest, suspect, uniform, with_margins) -> SampledToken:
+        # A sum that is not finite may be a mere overflow; only then look at each logit.
+        if suspect and not np.isfinite(raw).all():
+            return SampledToken(-1, error="the model's logits hold NaN or infinity; its weights or KV are damaged.")
+        row = raw
+        if state.processors:
+            row = raw.copy()
+            for processor in state.processors:
+                processor.apply(row, state.output_token_ids)
+            likeliest = int(row.argmax())
+        largest = float(row[likeliest])
+        if not np.isfinite(largest):
+            return SampledToken(-1, error=_why_not_finite(largest))
+
+        if state.params.greedy:
+            ids, weights, token_id = None, None, likeliest
+        else:
+            ids, weights = candidates(row, largest, state.params)
+            index = draw(weights, uniform)
+            token_id = index if ids is None else int(ids[index])
+        sampled = SampledToken(token_id)
+        if state.params.logprobs is not None:
+            facts = token_logprobs(raw, token_id, state.params.logprobs)
+            sampled.logprob, sampled.rank, sampled.top = facts.logprob, facts.rank, facts.top
+        if with_margins:
+            sampled.margin = margin(row, state.params, uniform)
+        return sampled
+
+
+def _why_not_finite(largest: float) -> str:
+    if largest == -np.inf:
+        return (
+            "every token is masked: allowed_token_ids, bad_words and min_tokens together leave "
+            "nothing to sample; relax one of them."
+        )
+    return (
+        "logit_bias or a penalty drove a logit to infinity or NaN; use values nearer to neutral "
+        "(repetition_penalty 1, others 0)."
+    )
