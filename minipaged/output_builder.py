@@ -41,7 +41,8 @@ class OutputBuilder:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
-        self.cumulative_logprob = 0.0
+        # As in vLLM, log-probabilities cost a pass over the vocabulary and are made on request only.
+        self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self.prompt_logprobs: list | None = None if params.prompt_logprobs is None else [None]
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
@@ -60,10 +61,10 @@ class OutputBuilder:
         """Take one sampled token; sets ``finish_reason`` if it ends the request."""
         token_id = sampled.token_id
         self.token_ids.append(token_id)
-        self.cumulative_logprob += sampled.logprob
         if self.metrics.first_token_time is None:
             self.metrics.first_token_time = time.monotonic()
         if self.logprobs is not None:
+            self.cumulative_logprob += sampled.logprob
             self.logprobs.append(self.logprob_entry(sampled))
 
         # Below min_tokens neither these ids (the sampler masks them) nor stop strings end the text.
