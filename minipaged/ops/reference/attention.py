@@ -1,0 +1,164 @@
+"""Paged attention: sequences of one row (decode) share one softmax, longer ones (prefill) go in tiles.
+
+Exactly the visible tokens are read: as a view where a sequence's blocks lie side by side, gathered
+otherwise. What else the cache holds cannot matter. The softmax is the plain one over a whole row of
+scores; its sum divides the weighted V, which is shorter than the row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minipaged.ops.interface import Batch
+from minipaged.ops.reference import activations
+
+QUERY_TILE = 64  # rows whose scores are computed at once: bounds memory, and skips most of their future
+
+
+@dataclass
+class Context:
+    """The rows of one sequence, and the tokens that any of them sees."""
+
+    first_row: int  # in the step's token arrays
+    num_rows: int
+    start: int  # position of the first visible token
+    end: int  # position after the last one
+    slots: slice | np.ndarray  # of these tokens; a slice where the blocks lie side by side
+
+
+@dataclass
+class AttentionPlan:
+    """The sequences of a step by kind; those of one row with their segments in the row of all scores."""
+
+    single: list[Context]
+    longer: list[Context]
+    segments: list[slice]
+    segment_starts: np.ndarray
+    segment_lengths: np.ndarray
+    sliding_window: int | None
+
+
+def plan_attention(batch: Batch, block_size: int, sliding_window: int | None) -> AttentionPlan:
+    """See :meth:`Ops.plan_attention <minipaged.ops.interface.Ops.plan_attention>`."""
+    single, longer = [], []
+    rows = batch.query_start_loc.tolist()
+    for i, end in enumerate(batch.context_lens.tolist()):
+        num_rows = rows[i + 1] - rows[i]
+        start = 0 if sliding_window is None else max(0, end - num_rows - sliding_window + 1)
+        slots = _visible_slots(batch.block_tables[i], block_size, start, end)
+        (single if num_rows == 1 else longer).append(Context(rows[i], num_rows, start, end, slots))
+    lengths = np.array([c.end - c.start for c in single], np.int64)
+    ends = np.cumsum(lengths)
+    return AttentionPlan(
+        single=single,
+        longer=longer,
+        segments=[slice(end - n, end) for n, end in zip(lengths.tolist(), ends.tolist(), strict=True)],
+        segment_starts=ends - lengths,
+        segment_lengths=lengths,
+        sliding_window=sliding_window,
+    )
+
+
+def _visible_slots(block_table: np.ndarray, block_size: int, start: int, end: int) -> slice | np.ndarray:
+    """Slots of the tokens at positions ``start`` to ``end``."""
+    first_block = start // block_size
+    blocks = block_table[first_block : -(-end // block_size)].astype(np.int64)
+    offset = start - first_block * block_size
+    if (blocks[1:] - blocks[:-1] == 1).all():
+        first_slot = int(blocks[0]) * block_size + offset
+        return slice(first_slot, first_slot + end - start)
+    slots = blocks[:, None] * block_size + np.arange(block_size)
+    return slots.ravel()[offset : offset + end - start]
+
+
+def paged_attention(
+    q: np.ndarray,
+    k_cache: np.ndarray,
+    v_cache: np.ndarray,
+    plan: AttentionPlan,
+    scale: float,
+    soft_cap: float | None = None,
+) -> np.ndarray:
+    """See :meth:`Ops.paged_attention <minipaged.ops.interface.Ops.paged_attention>`."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k_cache.shape[2]
+    q = (q * np.float32(scale)).reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    k, v = _by_slot(k_cache), _by_slot(v_cache)
+    out = np.empty_like(q)
+    if plan.single:
+        _attend_single(q, k, v, plan, soft_cap, out)
+    for context in plan.longer:
+        _attend_tiles(q, _read(k, context.slots), _read(v, context.slots), context, plan.sliding_window, soft_cap, out)
+    return out.reshape(num_tokens, num_heads, head_dim)
+
+
+def _by_slot(cache: np.ndarray) -> np.ndarray:
+    """A layer's cache as ``[Nkv, num_slots, D]``."""
+    num_blocks, block_size, num_kv_heads, head_dim = cache.shape
+    return cache.reshape(num_blocks * block_size, num_kv_heads, head_dim).transpose(1, 0, 2)
+
+
+def _read(tokens: np.ndarray, slots: slice | np.ndarray) -> np.ndarray:
+    """K or V at ``slots`` of ``tokens [Nkv, num_slots, D]``."""
+    if isinstance(slots, slice):
+        return tokens[:, slots]
+    return tokens.take(slots, axis=1, mode="clip")  # clip: no index is checked, and none is out of range
+
+
+def _attend_single(q, k, v, plan: AttentionPlan, soft_cap: float | None, out) -> None:
+    """Sequences with one row. The scores of all lie one after the other in ``[Nkv, group, 1, sum of lengths]``.
+
+    A group's heads are separate products: BLAS is faster at vector times matrix than at the
+    product with a matrix of three rows.
+    """
+    _, num_kv_heads, group, _ = q.shape
+    scores = np.empty((num_kv_heads, group, 1, int(plan.segment_lengths.sum())), np.float32)
+    for context, segment in zip(plan.single, plan.segments, strict=True):
+        keys = _read(k, context.slots)[:, None].swapaxes(-1, -2)
+        np.matmul(q[context.first_row, :, :, None], keys, out=scores[..., segment])
+    if soft_cap is not None:
+        scores = activations.soft_cap(scores, soft_cap)
+    maxima = np.maximum.reduceat(scores, plan.segment_starts, axis=-1)
+    scores -= np.repeat(maxima, plan.segment_lengths, axis=-1)
+    np.exp(scores, out=scores)
+    sums = np.add.reduceat(scores, plan.segment_starts, axis=-1)
+    for i, (context, segment) in enumerate(zip(plan.single, plan.segments, strict=True)):
+        attended = out[context.first_row, :, :, None]
+        np.matmul(scores[..., segment], _read(v, context.slots)[:, None], out=attended)
+        attended /= sums[..., i, None]
+
+
+def _attend_tiles(q, k, v, context: Context, sliding_window: int | None, soft_cap: float | None, out) -> None:
+    """A sequence with several rows; ``k``, ``v [Nkv, context.end - context.start, D]``.
+
+    The heads that share a KV head are rows of one product: ``[Nkv, group * rows, D] @ [Nkv, D, keys]``.
+    """
+    _, num_kv_heads, group, head_dim = q.shape
+    first_position = context.end - context.num_rows
+    for tile in range(0, context.num_rows, QUERY_TILE):
+        rows = slice(context.first_row + tile, context.first_row + min(tile + QUERY_TILE, context.num_rows))
+        num_rows = rows.stop - rows.start
+        positions = np.arange(first_position + tile, first_position + tile + num_rows)[:, None]
+        start = 0 if sliding_window is None else max(0, int(positions[0, 0]) - sliding_window + 1)
+        end = int(positions[-1, 0]) + 1
+        visible = slice(start - context.start, end - context.start)
+
+        queries = q[rows].transpose(1, 2, 0, 3).reshape(num_kv_heads, group * num_rows, head_dim)
+        scores = queries @ k[:, visible].swapaxes(-1, -2)
+        if soft_cap is not None:
+            scores = activations.soft_cap(scores, soft_cap)
+        key_positions = np.arange(start, end)
+        hidden = key_positions > positions
+        if sliding_window is not None:
+            hidden |= key_positions <= positions - sliding_window
+        by_row = scores.reshape(num_kv_heads, group, num_rows, end - start)
+        by_row += np.where(hidden, np.float32(-np.inf), np.float32(0))
+
+        scores -= scores.max(axis=-1, keepdims=True)
+        np.exp(scores, out=scores)
+        sums = scores.sum(axis=-1, keepdims=True)
+        attended = scores @ v[:, visible]
+        attended /= sums
+        out[rows] = attended.reshape(num_kv_heads, group, num_rows, head_dim).transpose(2, 0, 1, 3)
