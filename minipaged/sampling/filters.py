@@ -5,15 +5,13 @@ top_k keeps every token that ties with the k-th; top_p keeps the smallest set of
 whose probability reaches ``top_p``, the one that crosses included, equal ones by lower token id.
 min_p and top_k both cut from below, so their order does not matter, and the cheaper goes first.
 
-Weights are ``exp((logit - largest) / temperature)`` in float64: rounding then never decides between
-tokens whose float32 logits differ, and another machine, or a GPU, draws the same tokens.
+Weights are ``exp((logit - largest) / temperature)`` in float64: its rounding is a billion times finer
+than a step between float32 logits, so another machine, or a GPU, draws the same tokens.
 """
 
 from __future__ import annotations
 
 import numpy as np
-
-_HEAD = 512  # likeliest tokens that top_p looks at before it sorts all
 
 
 def candidates(row: np.ndarray, largest: float, params) -> tuple[np.ndarray | None, np.ndarray]:
@@ -35,28 +33,29 @@ def candidates(row: np.ndarray, largest: float, params) -> tuple[np.ndarray | No
     weights = np.subtract(row, largest, dtype=np.float64)
     weights /= params.temperature
     np.exp(weights, out=weights)
-    for wanted, keep in ((params.min_p > 0, _min_p), (params.top_p < 1, _top_p)):
-        if wanted:
-            kept = np.flatnonzero(keep(weights, params))
-            ids = kept if ids is None else ids[kept]
-            weights = weights[kept]
+    if params.min_p > 0:  # of the likeliest, which weighs 1
+        ids, weights = _select(ids, weights, weights >= params.min_p)
+    if params.top_p < 1:
+        ids, weights = _select(ids, weights, nucleus(weights, params.top_p))
     return ids, weights
 
 
-def _min_p(weights: np.ndarray, params) -> np.ndarray:
-    return weights >= params.min_p  # the likeliest weighs 1
+def _select(ids: np.ndarray | None, weights: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    kept = np.flatnonzero(mask)
+    return kept if ids is None else ids[kept], weights[kept]
 
 
-def _top_p(weights: np.ndarray, params) -> np.ndarray:
-    """Which entries form the nucleus (Holtzman et al. 2020, https://arxiv.org/abs/1904.09751)."""
-    goal = params.top_p * weights.sum()
-    # The nucleus is mostly small: sort a head of the likeliest, and all only if that does not reach.
-    for threshold in (kth_largest(weights, min(_HEAD, len(weights))), 0.0):
-        head = np.sort(weights[weights >= threshold])[::-1]
-        cumulative = np.cumsum(head)
-        if cumulative[-1] >= goal:
-            break
-    count = min(int(np.searchsorted(cumulative, goal)) + 1, len(head))
+def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
+    """Mask of the smallest set of heaviest entries that holds ``top_p`` of the total weight.
+
+    Source: Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
+    """
+    total = weights.sum()
+    # Entries below their even share of what the nucleus may leave out are never needed to reach
+    # top_p (all of them together weigh less than that), so the tail of the vocabulary is not sorted.
+    head = np.sort(weights[weights >= (1 - top_p) * total / len(weights)])[::-1]
+    crossing = int(np.searchsorted(np.cumsum(head), top_p * total))
+    count = min(crossing + 1, len(head))  # rounding may put the goal just beyond the last sum
     smallest = head[count - 1]
     kept = weights >= smallest
     ties = np.flatnonzero(weights == smallest)

@@ -12,8 +12,8 @@ def margin(row: np.ndarray, params, uniform: float) -> float:
     """Distance of a choice from the nearest point where it would have been another.
 
     Greedy: the gap between the two largest logits. Sampled: the smallest of the distance of the
-    draw from a boundary of the CDF (as a probability), and of how nearly a token passed or failed top_k (logits),
-    min_p (share of the likeliest) or top_p (probability).
+    draw from a boundary of the CDF (as a probability), and of how nearly a token passed or failed
+    top_k (logits), min_p (share of the likeliest) or top_p (probability).
 
     Args:
         row: processed logits, float32 ``[vocab]``, the largest finite.

@@ -35,14 +35,13 @@ class Penalties(LogitsProcessor):
 
     def apply(self, row: np.ndarray, output_token_ids: list[int]) -> None:
         ids, counts = self._ids[: self._size], self._counts[: self._size]
-        generated = counts > 0
         values = row[ids]
         if self._repetition != 1:
-            seen = generated.copy()
+            seen = counts > 0
             seen[: self._num_in_prompt] = True
             penalised = np.where(values > 0, values / self._repetition, values * self._repetition)
             values = np.where(seen, penalised, values)
-        row[ids] = values - self._frequency * counts - self._presence * generated
+        row[ids] = values - self._frequency * counts - self._presence * np.minimum(counts, 1)
 
     def append(self, token_id: int) -> None:
         slot = self._slots.get(token_id)

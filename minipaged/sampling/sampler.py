@@ -4,7 +4,8 @@ The order is vLLM's: log-probabilities are taken from the raw logits; then allow
 bad_words, min_tokens, logit_bias, penalties, temperature, min_p, top_k, top_p and the draw.
 
 A row never sees its neighbours: what is computed over the whole matrix (argmax, a finite check) is
-exact in any company, and the rest is computed row by row. So a request's tokens do not depend on its batch.
+exact in any company, and the rest is computed row by row. So a request's tokens do not depend on
+its batch.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class SampledToken:
     """The outcome of one row.
 
     ``logprob``, ``rank`` and ``top`` (see ``TokenLogprobs``) are set where the request asks for
-    ``logprobs``; ``margin`` where the caller asks (see ``margins.py``). Where ``error`` is set, nothing was sampled,
-    and ``token_id`` is -1.
+    ``logprobs``; ``margin`` where the caller asks (see ``margins.py``). Where ``error`` is set,
+    nothing was sampled, and ``token_id`` is -1.
     """
 
     token_id: int
