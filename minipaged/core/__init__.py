@@ -1,0 +1,1 @@
+"""Deciding over integers: blocks, block tables, requests, the scheduler. Never an array."""

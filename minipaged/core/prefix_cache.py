@@ -1,0 +1,88 @@
+"""Finding KV that was computed before: hashes of prefixes, and the checks that make a hit safe.
+
+A full block is named by a hash that stands for every token up to its end:
+
+    root(cache_salt) ──┬─▶ sha256 ──▶ block_hash 0 ──┬─▶ sha256 ──▶ block_hash 1 ──▶ …
+          token_ids[0:block_size] ┘       token_ids[block_size:2*block_size] ┘
+
+Two rules make a hit safe. A block is published only after its KV was computed, so nobody reads
+what is not yet written. And a hash only proposes: a hit counts if the token ids are equal too and
+the block continues the very content that was matched before it, so equal hashes of different
+prefixes give a miss, never foreign KV. Only full blocks are shared, and the last token of a
+request is never taken from the cache, because its logits are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+from minipaged.core.block_pool import Block, BlockPool
+from minipaged.core.request import Request
+
+
+def root_hash(cache_salt: str | None) -> bytes:
+    """The hash before the first block; requests with different salts share nothing."""
+    salt = b"" if cache_salt is None else b"salt:" + cache_salt.encode("utf-8", "surrogatepass")
+    return hashlib.sha256(salt).digest()
+
+
+def hash_block(parent_hash: bytes, token_ids: tuple[int, ...]) -> bytes:
+    """32 bytes for the prefix that ends with this block, given the hash of the prefix before it."""
+    return hashlib.sha256(parent_hash + struct.pack(f"<{len(token_ids)}I", *token_ids)).digest()
+
+
+class PrefixCache:
+    """Prefix lookups and publications of requests over the blocks of ``pool``."""
+
+    def __init__(self, pool: BlockPool, block_size: int):
+        self.pool = pool
+        self.block_size = block_size
+
+    def match(self, request: Request) -> list[Block]:
+        """The longest run of cached blocks that begins the request, short of its last token."""
+        hits: list[Block] = []
+        if not (self.pool.enable_prefix_caching and request.use_prefix_cache):
+            return hits
+        parent_id = request.cache_salt
+        for index in range((request.num_tokens - 1) // self.block_size):
+            block = self._find(request, index, parent_id)
+            if block is None:
+                break
+            hits.append(block)
+            parent_id = block.content_id
+        return hits
+
+    def publish(self, request: Request) -> None:
+        """Make the request's full, computed blocks known.
+
+        Where an equal block is known already it stays, and the request keeps its own copy: a live
+        block table is never rewritten.
+        """
+        if not self.pool.enable_prefix_caching:
+            return
+        for index in range(request.num_published_blocks, request.num_computed_tokens // self.block_size):
+            block = self._find(request, index, request.published_id)
+            if block is None:
+                block = request.block_table.blocks[index]
+                token_ids = self._token_ids(request, index)
+                self.pool.publish(block, self.block_hash(request, index), token_ids, request.published_id)
+            request.published_id = block.content_id
+            request.num_published_blocks = index + 1
+
+    def block_hash(self, request: Request, index: int) -> bytes:
+        """Hash of the request's full block ``index``; each is computed once."""
+        hashes = request.block_hashes
+        while len(hashes) <= index:
+            parent = hashes[-1] if hashes else root_hash(request.cache_salt)
+            hashes.append(hash_block(parent, self._token_ids(request, len(hashes))))
+        return hashes[index]
+
+    def _find(self, request: Request, index: int, parent_id: int | str | None) -> Block | None:
+        block = self.pool.cached.get(self.block_hash(request, index))
+        if block is None or block.parent_id != parent_id or block.token_ids != self._token_ids(request, index):
+            return None
+        return block
+
+    def _token_ids(self, request: Request, index: int) -> tuple[int, ...]:
+        return tuple(request.token_ids[index * self.block_size : (index + 1) * self.block_size])

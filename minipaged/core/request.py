@@ -1,0 +1,118 @@
+"""One request, as the scheduler sees it: its tokens, how far they are computed, where their KV is."""
+
+from __future__ import annotations
+
+import enum
+
+from minipaged.config import SamplingParams
+from minipaged.core.block_table import BlockTable
+from minipaged.errors import InvalidParameterError
+
+
+class RequestStatus(enum.Enum):
+    """Where a request is; a preempted request is ``WAITING`` again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """A prompt and its continuation so far.
+
+        0               num_computed_tokens        num_prompt_tokens        num_tokens
+        ├──────── KV is in the blocks ─┼──── still to be computed ─┼─ generated ──┤  ≤ max_total_tokens
+        ├ num_cached_tokens ┤ (found in the prefix cache, not computed)
+
+    There is no phase: while prompt is left to compute a step takes a chunk of it; once one token
+    is left, the step samples the next; after a preemption ``num_computed_tokens`` is 0 again.
+
+    Args:
+        request_id: unique among the requests alive.
+        prompt_token_ids: at least one token.
+        params: sampling parameters with ``max_tokens`` resolved to a number.
+        priority: lower runs first (policy ``priority`` only).
+        cache_salt: prefixes are shared only between requests with the same salt.
+
+    Attributes:
+        token_ids: prompt and output.
+        num_computed_tokens: tokens whose KV is in the block table.
+        num_cached_tokens: length of the prefix hit when the request was first admitted.
+        num_preemptions: how often its blocks were taken from it.
+        block_table: ``None`` unless running.
+        use_prefix_cache: whether prefix hits may be used. Not with ``prompt_logprobs``, which need
+            the logits of every prompt position; such a request still publishes its blocks.
+        block_hashes: hashes of its first full blocks, as far as they were needed.
+        num_published_blocks: full blocks that are in the prefix cache, or have an equal there.
+        published_id: ``content_id`` of the last of them, at first the ``cache_salt``.
+        sort_key: place in ``waiting`` and ``running``; set by the scheduler, unique.
+    """
+
+    __slots__ = (
+        "request_id",
+        "params",
+        "priority",
+        "cache_salt",
+        "token_ids",
+        "num_prompt_tokens",
+        "max_total_tokens",
+        "num_computed_tokens",
+        "num_cached_tokens",
+        "num_preemptions",
+        "status",
+        "block_table",
+        "use_prefix_cache",
+        "block_hashes",
+        "num_published_blocks",
+        "published_id",
+        "sort_key",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ):
+        if params.max_tokens is None:
+            raise InvalidParameterError("max_tokens is None; it must be a number once a request is scheduled.")
+        self.request_id = request_id
+        self.params = params
+        self.priority = priority
+        self.cache_salt = cache_salt
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(prompt_token_ids)
+        self.max_total_tokens = self.num_prompt_tokens + params.max_tokens
+        self.num_cached_tokens = 0
+        self.num_preemptions = 0
+        self.use_prefix_cache = params.prompt_logprobs is None
+        self.block_hashes: list[bytes] = []
+        self.sort_key: tuple[int, int] = (0, 0)
+        self.reset(RequestStatus.WAITING)
+
+    def reset(self, status: RequestStatus) -> None:
+        """Forget the KV (already released): before admission, at preemption and at the end."""
+        self.status = status
+        self.block_table: BlockTable | None = None
+        self.num_computed_tokens = 0
+        self.num_published_blocks = 0
+        self.published_id: int | str | None = self.cache_salt
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known: prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def prompt_token_ids(self) -> list[int]:
+        return self.token_ids[: self.num_prompt_tokens]
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def __repr__(self) -> str:
+        progress = f"{self.num_computed_tokens}/{self.num_tokens}"
+        return f"<Request {self.request_id!r} {self.status.value} computed {progress}>"

@@ -1,0 +1,459 @@
+"""Which tokens are computed in the next step, and where their KV goes.
+
+There is no prefill or decode phase. Every request has ``num_computed_tokens``, which catches up
+with its tokens; a step computes some of the difference:
+
+    one step's budget of max_num_batched_tokens
+    ┌────────────────────────┬───────────────────────────┬───────────────────────┐
+    │ one token of each      │ prompt chunks of requests │ first chunks of newly │
+    │ decoding request       │ already running           │ admitted requests     │
+    └────────────────────────┴───────────────────────────┴───────────────────────┘
+
+``waiting`` and ``running`` are both sorted by ``sort_key``: (priority, arrival), the priority
+being 0 for all under ``fcfs``. The best running request always advances, the worst is the one
+preempted, and a preempted request finds its old place in ``waiting`` by its key. Requests are
+admitted in strict order, with blocks for all tokens they have; so nobody overtakes, and the wait
+of each is bounded by the work of those before it and of those already running.
+
+The idea of one queue without phases is vLLM's V1 scheduler; that capacity counts copies is
+openvino.genai's.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from minipaged.config import SamplingParams
+from minipaged.core.block_pool import Block, BlockPool
+from minipaged.core.block_table import BlockTable
+from minipaged.core.prefix_cache import PrefixCache
+from minipaged.core.request import Request, RequestStatus
+from minipaged.errors import (
+    ConfigError,
+    IntegrityError,
+    PoolTooSmallError,
+    PromptTooLongError,
+    RequestError,
+    UnknownRequestError,
+)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """The limits of a scheduler; names and meanings are those of ``EngineConfig``."""
+
+    num_blocks: int
+    block_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    enable_prefix_caching: bool = True
+    policy: str = "fcfs"
+
+    def __post_init__(self):
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}, fewer than max_num_seqs "
+                f"({self.max_num_seqs}): running sequences would starve. Raise the first or lower the second."
+            )
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """What one sequence does in a step.
+
+    Attributes:
+        request_id: whose tokens these are.
+        token_ids: tokens to compute, at positions ``num_computed_tokens`` and following.
+        num_computed_tokens: tokens whose KV is already there, before this step.
+        block_ids: the whole block table; covers all positions of this step.
+        samples: whether the last token given is the last one known, so that its logits give the next.
+    """
+
+    request_id: str
+    token_ids: list[int]
+    num_computed_tokens: int
+    block_ids: list[int]
+    samples: bool
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step, as plain data.
+
+    Attributes:
+        scheduled: sequences with one token first, then those with more.
+        copies: ``(source, destination)`` block ids, to be copied in this order before the forward
+            pass. A source may become a destination later in the list, never the other way round.
+        preempted: request ids that lost their blocks in this step.
+        num_tokens: tokens of all sequences together.
+    """
+
+    scheduled: list[ScheduledSequence] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    num_tokens: int = 0
+
+
+class Scheduler:
+    """Requests, their order, and the blocks that they share.
+
+    One step is ``output = schedule()``, running the model on ``output``, ``update(output, tokens)``.
+    ``add``, ``abort`` and ``finish`` may come at any moment between these calls.
+
+    Args:
+        config: the limits.
+        on_event: passed on to :class:`BlockPool`.
+    """
+
+    def __init__(self, config: SchedulerConfig, on_event: Callable[[str, int], None] | None = None):
+        self.config = config
+        self.pool = BlockPool(config.num_blocks, config.enable_prefix_caching, on_event)
+        self.prefix_cache = PrefixCache(self.pool, config.block_size)
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self._num_added = 0
+        self.num_steps = 0
+        self.num_requests_finished = 0
+        self.num_prompt_tokens_computed = 0
+        self.num_prompt_tokens_cached = 0
+        self.num_generated_tokens = 0
+        self.num_preemptions = 0
+        self.num_blocks_copied = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self.requests)
+
+    # -- requests come and go -----------------------------------------------------------------
+
+    def check_admissible(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        """Refuse a request that could never finish, whatever else runs.
+
+        Raises:
+            RequestError: there is no prompt token.
+            PromptTooLongError: prompt and output exceed ``max_model_len``.
+            PoolTooSmallError: their KV exceeds the whole pool.
+        """
+        if num_prompt_tokens < 1:
+            raise RequestError("the prompt has no tokens; at least one is needed to continue from.")
+        total = num_prompt_tokens + max_tokens
+        if total > self.config.max_model_len:
+            raise PromptTooLongError(
+                f"prompt ({num_prompt_tokens} tokens) plus max_tokens ({max_tokens}) is {total}, more than "
+                f"max_model_len ({self.config.max_model_len}). Shorten the prompt or lower max_tokens."
+            )
+        needed = self._num_blocks(total - 1)  # the last token is returned, never fed back
+        if needed > self.config.num_blocks:
+            raise PoolTooSmallError(
+                f"prompt ({num_prompt_tokens} tokens) plus max_tokens ({max_tokens}) needs {needed} KV blocks of "
+                f"{self.config.block_size} tokens, the pool has {self.config.num_blocks}. Raise num_blocks, "
+                "shorten the prompt or lower max_tokens."
+            )
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            RequestError: it could never finish (see :meth:`check_admissible`), or its id is taken.
+        """
+        self.check_admissible(request.num_prompt_tokens, request.params.max_tokens)
+        self._register(request)
+        _insert(self.waiting, request)
+
+    def _register(self, request: Request) -> None:
+        if request.request_id in self.requests:
+            raise RequestError(f"request id {request.request_id!r} is in use; choose another.")
+        self._num_added += 1
+        request.sort_key = (request.priority if self.config.policy == "priority" else 0, self._num_added)
+        self.requests[request.request_id] = request
+
+    def fork(self, request_id: str, child_id: str, params: SamplingParams) -> Request:
+        """Continue a request a second time, under ``child_id``; call it between steps.
+
+        The child shares all KV of a running parent, and what either writes next is copied first.
+        Where no sequence may be added it waits, and finds or computes its KV like any request.
+
+        Raises:
+            UnknownRequestError: there is no such request.
+            RequestError: ``child_id`` is taken, or ``params`` leave the child nothing to generate.
+        """
+        parent = self._get(request_id)
+        child = Request(child_id, parent.token_ids, params, parent.priority, parent.cache_salt)
+        child.num_prompt_tokens = parent.num_prompt_tokens
+        child.max_total_tokens = parent.num_prompt_tokens + params.max_tokens
+        self.check_admissible(child.num_prompt_tokens, params.max_tokens)
+        if parent.num_tokens >= child.max_total_tokens:
+            raise RequestError(
+                f"request {request_id!r} has {parent.num_tokens} tokens already; a fork with max_tokens "
+                f"{params.max_tokens} ends at {child.max_total_tokens}. Raise max_tokens."
+            )
+        self._register(child)
+        if parent.status is RequestStatus.RUNNING and self._may_share():
+            child.block_table = parent.block_table.fork()
+            child.num_computed_tokens = parent.num_computed_tokens
+            child.num_cached_tokens = parent.num_cached_tokens
+            child.block_hashes = parent.block_hashes.copy()
+            child.num_published_blocks = parent.num_published_blocks
+            child.published_id = parent.published_id
+            child.status = RequestStatus.RUNNING
+            _insert(self.running, child)
+        else:
+            _insert(self.waiting, child)
+        return child
+
+    def _may_share(self) -> bool:
+        return len(self.running) < self.config.max_num_seqs
+
+    def abort(self, request_id: str) -> bool:
+        """Drop a request and free its blocks, at any time; whether there was one.
+
+        Between ``schedule()`` and ``update()`` the step still computes the request's tokens, into
+        blocks that nobody else gets before the next ``schedule()``; ``update()`` ignores them, so
+        they are never published.
+        """
+        if request_id not in self.requests:
+            return False
+        self._remove(self.requests[request_id])
+        return True
+
+    def finish(self, request_id: str) -> None:
+        """End a request that has all its tokens, and free its blocks.
+
+        Raises:
+            UnknownRequestError: there is no such request.
+        """
+        self._remove(self._get(request_id))
+        self.num_requests_finished += 1
+
+    def _get(self, request_id: str) -> Request:
+        try:
+            return self.requests[request_id]
+        except KeyError:
+            raise UnknownRequestError(f"no request {request_id!r} is waiting or running.") from None
+
+    def _remove(self, request: Request) -> None:
+        _delete(self.waiting if request.status is RequestStatus.WAITING else self.running, request)
+        if request.block_table is not None:
+            request.block_table.release()
+        request.reset(RequestStatus.FINISHED)
+        del self.requests[request.request_id]
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step: first those running, then those waiting with what budget is left."""
+        output = SchedulerOutput()
+        self._preempt_for_urgent(output)
+        self._continue_running(output)
+        self._admit_waiting(output)
+        output.scheduled.sort(key=_has_many_tokens)
+        self.num_steps += 1
+        self.num_blocks_copied += len(output.copies)
+        return output
+
+    def update(self, output: SchedulerOutput, new_tokens: dict[str, list[int]]) -> None:
+        """Take in a step that was computed: advance, publish full blocks, append new tokens.
+
+        Args:
+            output: what :meth:`schedule` returned last.
+            new_tokens: sampled tokens by request id, for those sequences that sample.
+        """
+        for sequence in output.scheduled:
+            request = self.requests.get(sequence.request_id)
+            if request is None or request.status is not RequestStatus.RUNNING:
+                continue  # aborted since; a new request of the same id is still waiting
+            start = sequence.num_computed_tokens
+            end = start + len(sequence.token_ids)
+            request.num_computed_tokens = end
+            if start < request.num_prompt_tokens:
+                self.num_prompt_tokens_computed += min(end, request.num_prompt_tokens) - start
+            self.prefix_cache.publish(request)
+            tokens = new_tokens.get(request.request_id)
+            if tokens:
+                request.token_ids += tokens
+                self.num_generated_tokens += len(tokens)
+
+    def _preempt_for_urgent(self, output: SchedulerOutput) -> None:
+        """Policy ``priority``: strictly less urgent requests make place for the most urgent waiting."""
+        if self.config.policy != "priority" or not self.waiting:
+            return
+        urgent = self.waiting[0]
+        while self.running and self.running[-1].priority > urgent.priority:
+            if len(self.running) < self.config.max_num_seqs and self._fits(urgent, self.prefix_cache.match(urgent)):
+                break
+            self._preempt_worst(output)
+
+    def _continue_running(self, output: SchedulerOutput) -> None:
+        """One token for each decoding request, chunks of prompt for the others, best first."""
+        uncomputed = [request.num_tokens - request.num_computed_tokens for request in self.running]
+        chunk_budget = self.config.max_num_batched_tokens - uncomputed.count(1)
+        for request in self.running:  # preempting shortens the list at its end, never before `request`
+            num_tokens = request.num_tokens - request.num_computed_tokens
+            if num_tokens > 1:
+                num_tokens = min(num_tokens, chunk_budget)
+                chunk_budget -= num_tokens
+            if num_tokens and self._make_room(request, num_tokens, output):
+                self._schedule(request, num_tokens, output)
+
+    def _admit_waiting(self, output: SchedulerOutput) -> None:
+        """Admit requests in order while sequences, tokens and blocks last."""
+        while self.waiting and len(self.running) < self.config.max_num_seqs:
+            budget = self.config.max_num_batched_tokens - output.num_tokens
+            request = self.waiting[0]
+            if budget == 0 or request.request_id in output.preempted:
+                break
+            hits = self.prefix_cache.match(request)
+            if self._is_being_computed(request, len(hits)) or not self._fits(request, hits):
+                break
+            self._start(request, hits)
+            self._schedule(request, min(budget, request.num_tokens - request.num_computed_tokens), output)
+
+    def _schedule(self, request: Request, num_tokens: int, output: SchedulerOutput) -> None:
+        start = request.num_computed_tokens
+        end = start + num_tokens
+        output.copies += request.block_table.append_slots(start, end)
+        output.num_tokens += num_tokens
+        output.scheduled.append(
+            ScheduledSequence(
+                request.request_id,
+                request.token_ids[start:end],
+                start,
+                request.block_table.block_ids.copy(),
+                end == request.num_tokens,
+            )
+        )
+
+    # -- admission and preemption ---------------------------------------------------------------
+    #
+    #   blocks of a request when it is admitted:
+    #
+    #   ├── hits: shared, KV is there ──┼── new: for every other token it has ──┤   + 1 spare for each
+    #                                                                               running sequence
+
+    def _fits(self, request: Request, hits: list[Block]) -> bool:
+        """Whether all tokens known fit, and each running sequence could still take a block.
+
+        Without the spare blocks, a request admitted into a full pool would be preempted at once.
+        """
+        new = self._num_blocks(request.num_tokens) - len(hits)
+        idle_hits = sum(block.ref_cnt == 0 for block in hits)  # counted as free, but about to be shared
+        return new + idle_hits + len(self.running) <= self.pool.num_free
+
+    def _is_being_computed(self, request: Request, num_hits: int) -> bool:
+        """Whether a running request is about to compute the first block that is missing.
+
+        Then waiting a little saves computing it twice. Meanwhile nobody is admitted, so those
+        running can only come to an end of their prompts, and the wait with them.
+        """
+        end = (num_hits + 1) * self.config.block_size
+        if not (self.config.enable_prefix_caching and request.use_prefix_cache) or end >= request.num_tokens:
+            return False
+        wanted = self.prefix_cache.block_hash(request, num_hits)
+        return any(
+            other.num_computed_tokens < end <= other.num_tokens
+            and self.prefix_cache.block_hash(other, num_hits) == wanted
+            for other in self.running
+        )
+
+    def _start(self, request: Request, hits: list[Block]) -> None:
+        del self.waiting[0]
+        table = BlockTable(self.config.block_size, self.pool)
+        table.share_prefix(hits)
+        request.block_table = table
+        request.num_computed_tokens = len(hits) * self.config.block_size
+        request.num_published_blocks = len(hits)
+        if hits:
+            request.published_id = hits[-1].content_id
+        if request.num_preemptions == 0:
+            request.num_cached_tokens = request.num_computed_tokens
+            self.num_prompt_tokens_cached += min(request.num_cached_tokens, request.num_prompt_tokens)
+        self._reserve(request)
+        request.status = RequestStatus.RUNNING
+        _insert(self.running, request)
+
+    def _reserve(self, request: Request) -> None:
+        request.block_table.append_slots(request.num_computed_tokens, request.num_tokens)
+
+    def _make_room(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
+        """Preempt from the worst until the blocks are free; the worst itself just waits a step."""
+        start = request.num_computed_tokens
+        while request.block_table.num_blocks_needed(start, start + num_tokens) > self.pool.num_free:
+            if self.running[-1] is request:
+                return False
+            self._preempt_worst(output)
+        return True
+
+    def _preempt_worst(self, output: SchedulerOutput) -> None:
+        """Take the blocks of the worst running request; it will compute its tokens again."""
+        request = self.running.pop()
+        request.block_table.release()
+        request.reset(RequestStatus.WAITING)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        _insert(self.waiting, request)
+        output.preempted.append(request.request_id)
+
+    # -- inspection ---------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, int]:
+        """The fields of ``EngineStats`` that the scheduler knows."""
+        return {
+            "num_requests_waiting": len(self.waiting),
+            "num_requests_running": len(self.running),
+            "num_requests_finished": self.num_requests_finished,
+            "num_steps": self.num_steps,
+            "num_prompt_tokens_computed": self.num_prompt_tokens_computed,
+            "num_prompt_tokens_cached": self.num_prompt_tokens_cached,
+            "num_generated_tokens": self.num_generated_tokens,
+            "num_preemptions": self.num_preemptions,
+            "num_blocks_total": self.pool.num_blocks,
+            "num_blocks_used": self.pool.num_blocks - self.pool.num_free,
+            "num_blocks_cached": self.pool.num_cached,
+            "num_blocks_evicted": self.pool.num_evicted,
+            "num_blocks_copied": self.num_blocks_copied,
+            "block_size": self.config.block_size,
+        }
+
+    def check(self) -> None:
+        """Verify that nothing is lost or in two places. O(blocks + requests).
+
+        Raises:
+            IntegrityError: a bug in minipaged, with what was found.
+        """
+        self.pool.check(request.block_table.blocks for request in self.running)
+        known = sorted(self.requests.values(), key=_sort_key)
+        if known != sorted(self.waiting + self.running, key=_sort_key):
+            raise IntegrityError("the requests known are not those waiting or running.")
+        for queue, status in ((self.waiting, RequestStatus.WAITING), (self.running, RequestStatus.RUNNING)):
+            if queue != sorted(queue, key=_sort_key):
+                raise IntegrityError(f"the {status.value} requests are out of order.")
+            for request in queue:
+                if request.status is not status:
+                    raise IntegrityError(f"{request!r} is in the queue of {status.value} requests.")
+        for request in self.running:
+            if request.block_table.capacity < request.num_computed_tokens:
+                raise IntegrityError(f"{request!r} has blocks for {request.block_table.capacity} tokens only.")
+
+
+def _sort_key(request: Request) -> tuple[int, int]:
+    return request.sort_key
+
+
+def _insert(queue: list[Request], request: Request) -> None:
+    bisect.insort(queue, request, key=_sort_key)
+
+
+def _delete(queue: list[Request], request: Request) -> None:
+    del queue[bisect.bisect_left(queue, request.sort_key, key=_sort_key)]
+
+
+def _has_many_tokens(sequence: ScheduledSequence) -> bool:
+    return len(sequence.token_ids) > 1
