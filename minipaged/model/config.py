@@ -56,6 +56,8 @@ class ModelConfig:
         qk_norm: RMSNorm over ``head_dim`` on each head of q and k, before rope.
         post_norms: a norm on the output of attention and of the feed-forward part, before the
             residual addition (Gemma 2 and 3).
+        qkv_bias, o_bias, mlp_bias: biases on the projections to q, k and v, on the one out of
+            attention, and on those of the feed-forward part.
         learned_positions: a table of position embeddings is added to the token embedding (GPT-2).
         num_experts, num_experts_per_tok, moe_intermediate_size, norm_topk_prob: mixture of experts;
             router probabilities are a softmax over all experts, the best are kept, and with
@@ -84,6 +86,9 @@ class ModelConfig:
     embedding_scale: float = 1.0
     qk_norm: bool = False
     post_norms: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
     learned_positions: bool = False
     tie_word_embeddings: bool = False
     num_experts: int = 0

@@ -1,0 +1,139 @@
+"""What Llama and its many descendants share: the keys of their configuration and their tensor names."""
+
+from __future__ import annotations
+
+from minipaged.errors import ModelFormatError
+from minipaged.model.config import ModelConfig
+from minipaged.model.hf_config import ConfigReader
+from minipaged.model.tensor_reader import TensorReader
+from minipaged.model.weights import LayerWeights, Linear, ModelWeights, Norm
+
+MAX_LAYERS = 4096
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def sizes(config: ConfigReader, head_dim: int | None = None) -> dict:
+    """The dimensions of a Llama-like model, as fields of :class:`ModelConfig`.
+
+    ``head_dim`` is the architecture's default; ``None``: hidden size / heads, as where it is ``null``.
+    """
+    hidden = config.integer("hidden_size")
+    heads = config.integer("num_attention_heads")
+    kv_heads = config.integer("num_key_value_heads", None, optional=True) or heads
+    if heads % kv_heads:
+        raise ModelFormatError(
+            f"{config.where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})."
+        )
+    head_dim = config.integer("head_dim", head_dim, optional=True)
+    if head_dim is None:
+        if hidden % heads:
+            raise ModelFormatError(
+                f"{config.where}: hidden_size ({hidden}) is not a multiple of num_attention_heads ({heads}) "
+                "and there is no head_dim."
+            )
+        head_dim = hidden // heads
+    return {
+        "vocab_size": config.integer("vocab_size", high=2**24),
+        "hidden_size": hidden,
+        "intermediate_size": config.integer("intermediate_size"),
+        "num_layers": config.integer("num_hidden_layers", high=MAX_LAYERS),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+    }
+
+
+def max_positions(config: ConfigReader, default: int) -> int:
+    return config.integer("max_position_embeddings", default, high=2**31)
+
+
+def end_of_text(config: ConfigReader) -> dict:
+    """``bos_token_id`` and ``eos_token_ids``."""
+    bos = config.token_ids("bos_token_id")
+    return {"bos_token_id": bos[0] if bos else None, "eos_token_ids": config.token_ids("eos_token_id")}
+
+
+def layer_types(config: ConfigReader, default: list[str], window: int | None) -> list[int | None]:
+    """The sliding window of each layer by ``layer_types`` (transformers 5), or by ``default``."""
+    types = config.get("layer_types")
+    types = default if types is None else types
+    if not isinstance(types, list) or len(types) != len(default):
+        length = len(types) if isinstance(types, list) else None
+        raise config.error("layer_types", f"a list of num_hidden_layers ({len(default)}) names, not of {length}")
+    windows = {"full_attention": None, "sliding_attention": window}
+    if any(not isinstance(t, str) or t not in windows for t in types):
+        raise config.error("layer_types", f"a list of {' or '.join(windows)}")
+    if "sliding_attention" in types and window is None:
+        raise ModelFormatError(f"{config.where}: layer_types has sliding_attention, but there is no sliding_window.")
+    return [windows[t] for t in types]
+
+
+def weights(config: ModelConfig, tensors: TensorReader, read_mlp=None, norm_plus: float = 0.0) -> ModelWeights:
+    """All weights under Llama's names; ``read_mlp(config, tensors, prefix, layer)`` gives the feed-forward fields."""
+    hidden, read_mlp = config.hidden_size, read_mlp or mlp
+    embedding, lm_head = embeddings(config, tensors, "model.embed_tokens.weight")
+    layers = []
+    for i, layer in enumerate(config.layers):
+        prefix = f"model.layers.{i}."
+
+        def norm(name: str, size: int = hidden, prefix=prefix) -> Norm:
+            return Norm(tensors.vector(f"{prefix}{name}.weight", size, norm_plus))
+
+        mlp_norm = "pre_feedforward_layernorm" if config.post_norms else "post_attention_layernorm"
+        layers.append(
+            LayerWeights(
+                input_norm=norm("input_layernorm"),
+                mlp_norm=norm(mlp_norm),
+                post_attention_norm=norm("post_attention_layernorm") if config.post_norms else None,
+                post_mlp_norm=norm("post_feedforward_layernorm") if config.post_norms else None,
+                q_norm=norm("self_attn.q_norm", config.head_dim) if config.qk_norm else None,
+                k_norm=norm("self_attn.k_norm", config.head_dim) if config.qk_norm else None,
+                qkv=qkv(config, tensors, prefix + "self_attn."),
+                o=linear(
+                    tensors, [(prefix + "self_attn.o_proj", hidden)], config.num_heads * config.head_dim, config.o_bias
+                ),
+                **read_mlp(config, tensors, prefix + "mlp.", layer),
+            )
+        )
+    return ModelWeights(embedding, lm_head, Norm(tensors.vector("model.norm.weight", hidden, norm_plus)), layers)
+
+
+def embeddings(config: ModelConfig, tensors: TensorReader, name: str, head: str = "lm_head.weight"):
+    """The embedding and the output matrix ``[vocab, hidden]``: one array where they are tied."""
+    shape = (config.vocab_size, config.hidden_size)
+    if config.tie_word_embeddings:
+        embedding = tensors.shared(name, head, *shape)
+        return embedding, embedding
+    return tensors.rows([(name, shape[0])], shape[1]), tensors.rows([(head, shape[0])], shape[1])
+
+
+def linear(tensors: TensorReader, parts: list[tuple[str, int]], columns: int, bias: bool) -> Linear:
+    """Several projections of one input stacked into one."""
+    weight = tensors.rows([(f"{name}.weight", rows) for name, rows in parts], columns)
+    return Linear(weight, tensors.rows([(f"{name}.bias", rows) for name, rows in parts]) if bias else None)
+
+
+def qkv(config: ModelConfig, tensors: TensorReader, prefix: str) -> Linear:
+    q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    parts = [(f"{prefix}q_proj", q_rows), (f"{prefix}k_proj", kv_rows), (f"{prefix}v_proj", kv_rows)]
+    if tensors.has(f"{prefix}qkv_proj.weight"):  # Phi-3 stores them stacked
+        parts = [(f"{prefix}qkv_proj", q_rows + 2 * kv_rows)]
+    return linear(tensors, parts, config.hidden_size, config.qkv_bias)
+
+
+def mlp(config: ModelConfig, tensors: TensorReader, prefix: str, layer=None) -> dict:
+    """``gate_up`` and ``down`` of a gated feed-forward part."""
+    inner = config.intermediate_size
+    parts = [(f"{prefix}gate_proj", inner), (f"{prefix}up_proj", inner)]
+    if tensors.has(f"{prefix}gate_up_proj.weight"):  # Phi-3 stores them stacked
+        parts = [(f"{prefix}gate_up_proj", 2 * inner)]
+    return {
+        "gate_up": linear(tensors, parts, config.hidden_size, config.mlp_bias),
+        "down": linear(tensors, [(f"{prefix}down_proj", config.hidden_size)], inner, config.mlp_bias),
+    }

@@ -1,0 +1,125 @@
+"""Assembling the decoder's arrays out of a checkpoint's tensors, checked before anything is allocated.
+
+An adapter describes a model's arrays by calling a :class:`TensorReader`. It is run twice: first
+with a reader that only compares names and shapes with the file, then with one that allocates each
+array at its final size and has every tensor read straight into its place. So a file that lies costs
+no memory, and a good one is never in memory twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+from minipaged.errors import ModelFormatError
+from minipaged.model.weights import ModelWeights, TensorSource
+
+# Buffers that old versions of transformers stored beside the weights; computed from the configuration.
+_BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
+_SHOWN = 5  # problems named in one error
+
+
+def read_weights(
+    source: TensorSource, assemble: Callable[[TensorReader], ModelWeights], ignored: str = ""
+) -> ModelWeights:
+    """What ``assemble`` builds from ``source``.
+
+    ``ignored`` is a regular expression of further tensor names that carry nothing. Raises
+    :class:`~minipaged.errors.ModelFormatError` for missing, misshaped or unexpected tensors.
+    """
+    check = TensorReader(source, dry_run=True)
+    assemble(check)
+    check.refuse_problems(re.compile(ignored) if ignored else None)
+    return assemble(TensorReader(source, dry_run=False))
+
+
+class TensorReader:
+    """Arrays by the names of their parts; with ``dry_run`` they are placeholders that occupy no memory."""
+
+    def __init__(self, source: TensorSource, dry_run: bool):
+        self.source = source
+        self.dry_run = dry_run
+        self.stored = set(source.names())
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+        self.misshaped: list[str] = []
+
+    def has(self, name: str) -> bool:
+        return name in self.stored
+
+    def array(self, shape: tuple[int, ...], parts: list[tuple[str, tuple]], transposed: bool = False) -> np.ndarray:
+        """A float32 array of ``shape``; each part is a tensor's name and the index it fills.
+
+        ``transposed``: the file holds every part with its axes reversed.
+        """
+        out = np.broadcast_to(np.float32(0), shape) if self.dry_run else np.empty(shape, dtype=np.float32)
+        for name, index in parts:
+            place = out[index].T if transposed else out[index]
+            if self.dry_run:
+                self._check(name, place.shape)
+            else:
+                self.source.read(name, out=place)
+        return out
+
+    def vector(self, name: str, size: int, plus: float = 0.0) -> np.ndarray:
+        """``[size]``, with ``plus`` added (Gemma stores norm weights less one)."""
+        out = self.array((size,), [(name, ())])
+        if plus and not self.dry_run:
+            out += np.float32(plus)
+        return out
+
+    def rows(self, parts: list[tuple[str, int]], *columns: int, transposed: bool = False) -> np.ndarray:
+        """``[sum of rows, *columns]``: tensors of ``[rows, *columns]`` stacked in order."""
+        places, start = [], 0
+        for name, count in parts:
+            places.append((name, (slice(start, start + count),)))
+            start += count
+        return self.array((start, *columns), places, transposed)
+
+    def shared(self, name: str, copy: str, *shape: int) -> np.ndarray:
+        """``name``; where the file also stores ``copy``, both must hold the same numbers.
+
+        The two are read into the same memory one after the other and compared by digest.
+        """
+        names = [copy, name] if copy in self.stored else [name]
+        if self.dry_run:
+            for each in names:
+                out = self.array(shape, [(each, ())])
+            return out
+        out, digests = np.empty(shape, dtype=np.float32), []
+        for each in names:
+            self.source.read(each, out=out)
+            if len(names) == 2:
+                digests.append(hashlib.blake2b(out.data).digest())
+        if len(set(digests)) == 2:
+            raise ModelFormatError(
+                f"tie_word_embeddings is true, but the file stores {copy} and {name} with different numbers. "
+                "Set tie_word_embeddings to false, or remove the tensor that is wrong."
+            )
+        return out
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        self.used.add(name)
+        if name not in self.stored:
+            self.missing.append(name)
+        elif tuple(self.source.shape(name)) != shape:
+            self.misshaped.append(f"{name} has {tuple(self.source.shape(name))}, needed {shape}")
+
+    def refuse_problems(self, ignored: re.Pattern | None) -> None:
+        """Raise for what the dry run found: tensors missing, of another shape, or left over."""
+        extra = [
+            name
+            for name in sorted(self.stored - self.used)
+            if not _BUFFERS.search(name) and not (ignored and ignored.search(name))
+        ]
+        for problems, what, remedy in (
+            (self.missing, "missing from the file", "Is a shard missing, or does config.json describe another model?"),
+            (self.misshaped, "of another shape than config.json asks for", "Do the two belong together?"),
+            (extra, "unknown to this architecture", "Leaving them out would change the result."),
+        ):
+            if problems:
+                shown = "; ".join(problems[:_SHOWN]) + (" ..." if len(problems) > _SHOWN else "")
+                raise ModelFormatError(f"{len(problems)} tensors are {what}: {shown}. {remedy}")
