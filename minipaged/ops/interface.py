@@ -91,7 +91,8 @@ class Ops(Protocol):
 
         Query head ``h`` uses KV head ``h // (Nq / Nkv)``. Scores are ``scale * q·k``, then, if
         given, ``soft_cap * tanh(score / soft_cap)``; a softmax over the visible tokens weighs V.
-        The step's own K and V have been written before.
+        The step's own K and V have been written before. NaN or infinity in a sequence's K or V may
+        reach any of its own rows in the step, and never another sequence's.
         """
         ...
 

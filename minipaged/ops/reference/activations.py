@@ -31,9 +31,10 @@ def _polynomial(x: np.ndarray, coefficients: tuple[float, ...]) -> np.ndarray:
 
 def erf(x: np.ndarray) -> np.ndarray:
     """The error function of float32 values, within 4e-7 (NumPy has none)."""
-    x = np.clip(x, -_ERF_LIMIT, _ERF_LIMIT)
-    square = x * x
-    return x * _polynomial(square, _ERF_P) / _polynomial(square, _ERF_Q)
+    inner = np.clip(x, -_ERF_LIMIT, _ERF_LIMIT)
+    square = inner * inner
+    y = inner * _polynomial(square, _ERF_P) / _polynomial(square, _ERF_Q)
+    return np.where(inner == x, y, np.sign(x))
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -1,0 +1,39 @@
+"""The physical KV cache: order of its axes, size, block copies."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from minipaged.kv_cache import KVCache
+
+
+def test_logical_order_and_size():
+    cache = KVCache(num_layers=2, num_blocks=5, block_size=4, num_kv_heads=3, head_dim=8)
+    assert cache.k.shape == cache.v.shape == (2, 5, 4, 3, 8)
+    assert cache.nbytes == 2 * (2 * 5 * 4 * 3 * 8) * 4
+    k, v = cache.layer(1)
+    k[4, 3, 2, 7], v[0, 0, 0, 0] = 1, 2
+    assert cache.k[1, 4, 3, 2, 7] == 1 and cache.v[1, 0, 0, 0, 0] == 2
+    assert cache.k.sum() == 1 and cache.v.sum() == 2
+
+
+def test_copy_blocks_copies_k_and_v_of_every_layer():
+    rng = np.random.default_rng(0)
+    cache = KVCache(3, 6, 4, 2, 8)
+    cache.k[...], cache.v[...] = rng.random(cache.k.shape), rng.random(cache.v.shape)
+    k, v = cache.k.copy(), cache.v.copy()
+    cache.copy_blocks([(2, 0), (0, 5)])
+    cache.copy_blocks([])
+    for source, destination in [(2, 0), (0, 5), (1, 1), (2, 2), (3, 3), (4, 4)]:
+        assert (cache.k[:, destination] == k[:, source]).all()
+        assert (cache.v[:, destination] == v[:, source]).all()
+
+
+def test_unused_blocks_cost_no_memory():
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    cache = KVCache(num_layers=4, num_blocks=4096, block_size=16, num_kv_heads=4, head_dim=64)
+    cache.k[:, 17] = 1
+    assert cache.nbytes == 512 * 2**20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024
