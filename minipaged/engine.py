@@ -12,8 +12,16 @@ import numpy as np
 from minipaged import backends
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.request import Request
-from minipaged.core.scheduler import SchedulerConfig, SchedulerOutput, make_scheduler
-from minipaged.errors import InvalidParameterError, MinipagedError, RequestError, TokenRangeError, UnknownRequestError
+from minipaged.core.factory import make_scheduler
+from minipaged.core.scheduler import SchedulerConfig, SchedulerOutput
+from minipaged.errors import (
+    InvalidParameterError,
+    MinipagedError,
+    NumericalError,
+    RequestError,
+    TokenRangeError,
+    UnknownRequestError,
+)
 from minipaged.model.loader import LoadedModel, load_model
 from minipaged.output_builder import OutputBuilder
 from minipaged.outputs import EngineStats, RequestOutput
@@ -70,7 +78,7 @@ class Engine:
         self.sampler = Sampler(self.model.config.vocab_size)
         self._prepared: dict[str, PreparedRequest] = {}
         self._numbers = itertools.count()
-        self._stats = EngineStats(device=self.backend.name)
+        self._step_seconds = 0.0
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -116,7 +124,6 @@ class Engine:
                 or needs more blocks than the pool has; the text carries the numbers.
             InvalidParameterError: ``params``, ``priority`` or ``cache_salt`` is not usable.
         """
-        number = next(self._numbers)
         params = self.default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidParameterError(f"sampling_params is {params!r}; it must be a SamplingParams.")
@@ -137,18 +144,12 @@ class Engine:
         room = self.max_model_len - len(token_ids)
         max_tokens = max(room, 1) if params.max_tokens is None else params.max_tokens
         self.scheduler.check_admissible(len(token_ids), max_tokens)
+        params = params.clone(max_tokens=max_tokens)
+        number = next(self._numbers)
         request_id = f"request-{number}" if request_id is None else request_id
         eos_token_ids = self.model.config.eos_token_ids
         return PreparedRequest(
-            request=Request(
-                request_id,
-                token_ids,
-                params,
-                max_tokens=max_tokens,
-                priority=priority,
-                cache_salt=cache_salt,
-                use_prefix_cache=params.prompt_logprobs is None,
-            ),
+            request=Request(request_id, token_ids, params, priority, cache_salt),
             sampling=SamplingState(
                 params,
                 token_ids,
@@ -157,9 +158,7 @@ class Engine:
                 seed=self._seed_of(params, number),
                 tokenizer=self.model.tokenizer,
             ),
-            output=OutputBuilder(
-                request_id, text, token_ids, params, self.model.tokenizer, eos_token_ids, max_tokens=max_tokens
-            ),
+            output=OutputBuilder(request_id, text, token_ids, params, self.model.tokenizer, eos_token_ids),
             stream=stream,
         )
 
@@ -181,7 +180,6 @@ class Engine:
             raise UnknownRequestError(f"no unfinished request has the id {request_id!r}.")
         self.scheduler.abort(request_id)
         prepared.output.end("abort")
-        self._stats.num_requests_finished += 1
         return prepared.output.build()
 
     def abort_if_unfinished(self, request_id: str) -> RequestOutput | None:
@@ -206,8 +204,7 @@ class Engine:
         outputs = self._process(plan, logits, sampled)
         if self.config.check_integrity:
             self.scheduler.check()
-        self._stats.num_steps += 1
-        self._stats.step_seconds += time.perf_counter() - started
+        self._step_seconds += time.perf_counter() - started
         return outputs
 
     def _sample(self, plan: SchedulerOutput, logits: StepLogits) -> dict[str, SampledToken]:
@@ -229,25 +226,19 @@ class Engine:
             if output.metrics.first_scheduled_time is None:
                 output.metrics.first_scheduled_time = now
                 output.num_cached_tokens = prepared.request.num_cached_tokens
-                self._stats.num_prompt_tokens_cached += prepared.request.num_cached_tokens
-            num_prompt = prepared.request.num_prompt_tokens - sequence.num_computed_tokens
-            self._stats.num_prompt_tokens_computed += min(max(num_prompt, 0), len(sequence.token_ids))
-            if sequence.request_id in logits.prompt_rows:
-                self._add_prompt_logprobs(prepared, logits)
             token = sampled.get(sequence.request_id)
-            if token is None:
-                continue
-            if token.error:
-                output.end("error", token.error)
-            else:
+            error = token.error if token else None
+            if sequence.request_id in logits.prompt_rows:
+                error = self._add_prompt_logprobs(prepared, logits) or error
+            if error:
+                output.end("error", error)
+            elif token:
                 prepared.sampling.append(token.token_id)
                 output.append(token)
-                self._stats.num_generated_tokens += 1
             if output.finished:
                 output.metrics.num_preemptions = prepared.request.num_preemptions
                 self.scheduler.finish(sequence.request_id)
                 del self._prepared[sequence.request_id]
-                self._stats.num_requests_finished += 1
             if output.finished or prepared.stream:
                 outputs.append(output.build())
         return outputs
@@ -260,18 +251,22 @@ class Engine:
                 wanted[sequence.request_id] = prepared.request.num_prompt_tokens
         return wanted
 
-    def _add_prompt_logprobs(self, prepared: PreparedRequest, logits: StepLogits) -> None:
+    def _add_prompt_logprobs(self, prepared: PreparedRequest, logits: StepLogits) -> str | None:
         """Entries for the prompt positions of this step that are not known yet (a preempted request
-        computes its prompt again, and must not report it twice)."""
+        computes its prompt again, and must not report it twice). Returns what went wrong, if it did."""
         first, rows = logits.prompt_rows[prepared.request.request_id]
         output = prepared.output
         known = len(output.prompt_logprobs) - 1
         rows = range(rows.start, rows.stop)[max(known - first, 0) :]
         if not rows:
-            return
+            return None
         targets = prepared.request.token_ids[known + 1 : known + 1 + len(rows)]
-        tokens = prompt_logprobs(logits.logits[rows.start : rows.stop], targets, output.params.prompt_logprobs)
+        try:
+            tokens = prompt_logprobs(logits.logits[rows.start : rows.stop], targets, output.params.prompt_logprobs)
+        except NumericalError as error:
+            return str(error)
         output.add_prompt_logprobs([output.logprob_entry(token) for token in tokens])
+        return None
 
     # -- facts ------------------------------------------------------------------------------------
 
@@ -292,20 +287,13 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and gauges of this moment (a copy)."""
-        stats = EngineStats(**{name: getattr(self._stats, name) for name in EngineStats.__slots__})
-        scheduler, pool = self.scheduler, self.scheduler.pool
-        stats.num_requests_waiting = len(scheduler.waiting)
-        stats.num_requests_running = len(scheduler.running)
-        stats.num_preemptions = scheduler.num_preemptions
-        stats.num_blocks_total = pool.num_blocks
-        stats.num_blocks_used = pool.num_blocks - pool.num_free
-        stats.num_blocks_cached = pool.num_cached
-        stats.num_blocks_evicted = pool.num_evicted
-        stats.num_blocks_copied = scheduler.num_copied_blocks
-        stats.block_size = self.config.block_size
-        stats.kv_cache_bytes = self.runner.kv_cache.nbytes
-        stats.weight_bytes = self.runner.weight_bytes
-        return stats
+        return EngineStats(
+            device=self.backend.name,
+            kv_cache_bytes=self.runner.kv_cache.nbytes,
+            weight_bytes=self.runner.weight_bytes,
+            step_seconds=self._step_seconds,
+            **self.scheduler.stats(),
+        )
 
     # -- helpers ----------------------------------------------------------------------------------
 

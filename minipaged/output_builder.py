@@ -26,14 +26,12 @@ class OutputBuilder:
         params: SamplingParams,
         tokenizer: Tokenizer,
         eos_token_ids: tuple[int, ...],
-        max_tokens: int,
     ):
         self.request_id = request_id
         self.prompt = prompt
         self.prompt_token_ids = prompt_token_ids
         self.params = params
         self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.num_cached_tokens = 0
         self.token_ids: list[int] = []
@@ -75,7 +73,7 @@ class OutputBuilder:
             self._finish("stop", last=[token_id] if self.params.include_stop_str_in_output else ())
         else:
             self._push(self._detokenizer.append([token_id]), may_stop)
-            if not self.finished and len(self.token_ids) >= self.max_tokens:
+            if not self.finished and len(self.token_ids) >= self.params.max_tokens:
                 self._finish("length")
 
     def add_prompt_logprobs(self, entries: list[dict[int, Logprob]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 
 @dataclass(slots=True)
@@ -104,7 +104,6 @@ class EngineStats:
     kv_cache_bytes: int = 0
     weight_bytes: int = 0
     step_seconds: float = 0.0
-    extra: dict = field(default_factory=dict)
 
     @property
     def prefix_cache_hit_rate(self) -> float:

@@ -38,11 +38,7 @@ def load_model(name: str, *, pull: bool = True) -> LoadedModel:
     """
     path = catalog.resolve(name, pull=pull)
     model = _load_directory(name, path) if path.is_dir() else _load_gguf(name, path)
-    if model.tokenizer.vocab_size > model.config.vocab_size:
-        raise ModelFormatError(
-            f"{path}: the tokenizer has {model.tokenizer.vocab_size} tokens, but the model's embedding only "
-            f"{model.config.vocab_size} rows; they do not belong together."
-        )
+    model.tokenizer.check_fits(model.config.vocab_size)
     return model
 
 
