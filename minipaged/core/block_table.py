@@ -61,7 +61,7 @@ class BlockTable:
         for block in self._written(start, end):
             if block.ref_cnt > 1:
                 copies += 1
-        return copies + new if new > 0 else copies
+        return copies + max(new, 0)
 
     def append_slots(self, start: int, end: int) -> list[tuple[int, int]]:
         """Make positions ``[start, end)`` writable: allocate what is missing, copy what is shared.
@@ -75,20 +75,18 @@ class BlockTable:
             NoFreeBlocksError: fewer than :meth:`num_blocks_needed` blocks are free; nothing changed.
         """
         needed = self.num_blocks_needed(start, end)
-        new = max(0, (end + self.block_size - 1) // self.block_size - len(self.blocks))
         fresh = self.pool.allocate(needed, after=self.block_ids[-1] if self.block_ids else None) if needed else []
-        tail, spare = fresh[:new], fresh[new:]
         copies = []
-        first = start // self.block_size
-        for index, block in enumerate(self._written(start, end), first):
+        for index, block in enumerate(self._written(start, end), start // self.block_size):
             if block.ref_cnt > 1:
-                copy = spare.pop()
+                copy = fresh.pop()
                 self.blocks[index], self.block_ids[index] = copy, copy.block_id
                 self.pool.free([block])
                 copies.append((block.block_id, copy.block_id))
             elif block.block_hash is not None:
                 self.pool.unpublish(block)
-        self.extend(tail)
+        if fresh:
+            self.extend(fresh)
         return copies
 
     def _written(self, start: int, end: int) -> list[Block]:
