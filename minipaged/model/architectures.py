@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from minipaged.errors import ModelFormatError, UnsupportedModelError
-from minipaged.model.adapters import common, llama
+from minipaged.model.adapters import common, gemma, gpt2, llama, moe, phi3
 from minipaged.model.config import ModelConfig
 from minipaged.model.hf_config import ConfigReader
 from minipaged.model.tensor_reader import TensorReader, read_weights
@@ -34,6 +34,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MistralForCausalLM": Architecture("mistral", llama.mistral, common.weights),
     "Qwen2ForCausalLM": Architecture("qwen2", llama.qwen2, common.weights),
     "Qwen3ForCausalLM": Architecture("qwen3", llama.qwen3, common.weights),
+    "Gemma2ForCausalLM": Architecture("gemma2", gemma.gemma2, gemma.weights),
+    "Gemma3ForCausalLM": Architecture("gemma3_text", gemma.gemma3, gemma.weights),
+    "Phi3ForCausalLM": Architecture("phi3", phi3.phi3, common.weights),
+    "GPT2LMHeadModel": Architecture("gpt2", gpt2.gpt2, gpt2.weights, gpt2.IGNORED_TENSORS),
+    "MixtralForCausalLM": Architecture("mixtral", moe.mixtral, moe.weights),
+    "Qwen3MoeForCausalLM": Architecture("qwen3_moe", moe.qwen3_moe, moe.weights),
 }
 
 

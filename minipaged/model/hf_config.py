@@ -49,7 +49,6 @@ FEATURES: dict[str, tuple] = {
     "num_experts": (0,),
     "num_local_experts": (0,),
     "num_nextn_predict_layers": (0,),
-    "original_max_position_embeddings": (),
     "parallel_attn": (False,),
     "partial_rotary_factor": (1,),
     "per_layer_config": ({},),
@@ -86,6 +85,10 @@ class ConfigReader:
         self.values = values
         self.where = where
         self.seen: set[str] = set()
+
+    @property
+    def architecture(self) -> str:
+        return self.values["architectures"][0]
 
     def get(self, key: str, default=None):
         """The raw value; ``default`` where the key is missing (not where it is ``null``)."""

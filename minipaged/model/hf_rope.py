@@ -24,28 +24,29 @@ _COMMON_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _NOTES = {"finetuned"}  # written by some authors, read by nobody
 
 
-def read_rope(config: ConfigReader, head_dim: int, max_positions: int, default_theta: float = 10000.0) -> RopeConfig:
-    """The rope of a model whose layers all share one; marks the keys it reads.
+def read_rope(config: ConfigReader, head_dim: int, max_positions: int, theta: float = 10000.0) -> RopeConfig:
+    """The rope of a model whose layers all share one.
 
-    ``max_positions`` is the file's ``max_position_embeddings``.
+    ``max_positions`` is the file's ``max_position_embeddings``, ``theta`` the architecture's default.
     """
     config.agree("rope_scaling", "rope_parameters")
     section = config.section("rope_parameters") or config.section("rope_scaling")
-    config.get("rope_scaling")
-    theta = config.number("rope_theta", None, optional=True) or default_theta
-    return read_rope_section(config, section, head_dim, max_positions, theta)
+    return read_rope_section(config, section, head_dim, max_positions, "rope_theta", theta)
 
 
 def read_rope_section(
-    config: ConfigReader, section: ConfigReader | None, head_dim: int, max_positions: int, theta: float
+    config: ConfigReader, section: ConfigReader | None, head_dim: int, max_positions: int, theta_key: str, theta: float
 ) -> RopeConfig:
-    """The rope described by ``section`` (``None``: unscaled); ``theta`` where the section has none."""
+    """The rope that ``section`` describes (``None``: unscaled).
+
+    Its base is the section's ``rope_theta``, else ``theta_key`` beside the section, else ``theta``.
+    """
     if section is None:
         section = ConfigReader({}, config.where)
     section.agree("type", "rope_type")
-    if "rope_theta" in config.values:
-        _same(config, section, "rope_theta")
-    theta = section.number("rope_theta", theta, above=1.0)
+    _same(config, theta_key, section, "rope_theta")
+    outer_theta = config.number(theta_key, None, above=1.0, optional=True)
+    theta = section.number("rope_theta", outer_theta or theta, above=1.0)
     kind = section.choice("rope_type" if section.values.get("rope_type") else "type", "default", SCALINGS)
     section.seen.update(_COMMON_KEYS)
     parameters = _PARAMETERS[kind](config, section, max_positions)
@@ -81,17 +82,16 @@ def longest_sequence(rope: RopeConfig, max_positions: int) -> int:
     return max_positions
 
 
-def _same(config: ConfigReader, section: ConfigReader, key: str) -> None:
-    outer, inner = config.get(key), section.values.get(key)
+def _same(config: ConfigReader, outer_key: str, section: ConfigReader, key: str) -> None:
+    outer, inner = config.values.get(outer_key), section.values.get(key)
     if outer is not None and inner is not None and outer != inner:
         raise ModelFormatError(
-            f"{config.where}: {key} is {outer!r}, but {inner!r} inside {section.where.split(': ')[-1]}. "
-            "Remove the wrong one."
+            f"{config.where}: {outer_key} is {outer!r}, but {section.where}: {key} is {inner!r}. Remove the wrong one."
         )
 
 
 def _partial_rotary_factor(config: ConfigReader, section: ConfigReader) -> float:
-    _same(config, section, "partial_rotary_factor")
+    _same(config, "partial_rotary_factor", section, "partial_rotary_factor")
     holder = section if section.values.get("partial_rotary_factor") is not None else config
     factor = holder.number("partial_rotary_factor", 1.0, optional=True)
     if factor is not None and factor > 1:
@@ -114,7 +114,7 @@ def _factor(config, section, max_positions) -> dict:
 
 def _trained_length(config: ConfigReader, section: ConfigReader, max_positions: int) -> int:
     """``original_max_position_embeddings``, inside the section or (Phi-3) beside it."""
-    _same(config, section, _TRAINED_LENGTH)
+    _same(config, _TRAINED_LENGTH, section, _TRAINED_LENGTH)
     holder = section if section.values.get(_TRAINED_LENGTH) is not None else config
     length = holder.integer(_TRAINED_LENGTH, None, low=2, high=2**31, optional=True)
     return max_positions if length is None else length

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from minipaged.errors import ModelFormatError
-from minipaged.model.config import ModelConfig
+from minipaged.errors import ModelFormatError, UnsupportedModelError
+from minipaged.model.config import LayerConfig, ModelConfig
 from minipaged.model.hf_config import ConfigReader
+from minipaged.model.hf_rope import longest_sequence, read_rope
 from minipaged.model.tensor_reader import TensorReader
 from minipaged.model.weights import LayerWeights, Linear, ModelWeights, Norm
 
 MAX_LAYERS = 4096
+MAX_HEADS = 2**16  # also of head_dim: together with MAX_SIZE, products stay inside 64 bits
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -24,13 +26,13 @@ def sizes(config: ConfigReader, head_dim: int | None = None) -> dict:
     ``head_dim`` is the architecture's default; ``None``: hidden size / heads, as where it is ``null``.
     """
     hidden = config.integer("hidden_size")
-    heads = config.integer("num_attention_heads")
+    heads = config.integer("num_attention_heads", high=MAX_HEADS)
     kv_heads = config.integer("num_key_value_heads", None, optional=True) or heads
     if heads % kv_heads:
         raise ModelFormatError(
             f"{config.where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})."
         )
-    head_dim = config.integer("head_dim", head_dim, optional=True)
+    head_dim = config.integer("head_dim", head_dim, high=MAX_HEADS, optional=True)
     if head_dim is None:
         if hidden % heads:
             raise ModelFormatError(
@@ -42,7 +44,7 @@ def sizes(config: ConfigReader, head_dim: int | None = None) -> dict:
         "vocab_size": config.integer("vocab_size", high=2**24),
         "hidden_size": hidden,
         "intermediate_size": config.integer("intermediate_size"),
-        "num_layers": config.integer("num_hidden_layers", high=MAX_LAYERS),
+        "num_layers": num_layers(config),
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
@@ -57,6 +59,52 @@ def end_of_text(config: ConfigReader) -> dict:
     """``bos_token_id`` and ``eos_token_ids``."""
     bos = config.token_ids("bos_token_id")
     return {"bos_token_id": bos[0] if bos else None, "eos_token_ids": config.token_ids("eos_token_id")}
+
+
+def build(
+    config: ConfigReader,
+    positions: int,
+    windows: list[int | None] | None = None,
+    moe: list[bool] | None = None,
+    head_dim: int | None = None,
+    theta: float = 10000.0,
+    partial_rope: bool = False,
+    **features,
+) -> ModelConfig:
+    """The configuration of a Llama-like model.
+
+    ``positions``, ``head_dim``, ``theta``: what the architecture takes where the file says nothing.
+    ``windows``, ``moe``: for each layer. ``partial_rope``: a part of each head may be rotated.
+    ``features``: further fields of :class:`ModelConfig`.
+    """
+    dims = sizes(config, head_dim)
+    layers = dims["num_layers"]
+    positions = max_positions(config, positions)
+    rope = read_rope(config, dims["head_dim"], positions, theta)
+    if rope.rotary_dim != dims["head_dim"] and not partial_rope:
+        raise UnsupportedModelError(
+            f"{config.where}: only {rope.rotary_dim} of {dims['head_dim']} values of a head are to be rotated "
+            "(partial_rotary_factor), which is not implemented for this architecture."
+        )
+    return ModelConfig(
+        architecture=config.architecture,
+        **dims,
+        max_position_embeddings=longest_sequence(rope, positions),
+        layers=tuple(
+            LayerConfig(window, rope, is_moe)
+            for window, is_moe in zip(windows or [None] * layers, moe or [False] * layers, strict=True)
+        ),
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        activation=config.choice("hidden_act", "silu", ACTIVATIONS),
+        attention_scale=dims["head_dim"] ** -0.5,
+        tie_word_embeddings=config.boolean("tie_word_embeddings", False),
+        **end_of_text(config),
+        **features,
+    )
+
+
+def num_layers(config: ConfigReader) -> int:
+    return config.integer("num_hidden_layers", high=MAX_LAYERS)
 
 
 def layer_types(config: ConfigReader, default: list[str], window: int | None) -> list[int | None]:
@@ -75,7 +123,10 @@ def layer_types(config: ConfigReader, default: list[str], window: int | None) ->
 
 
 def weights(config: ModelConfig, tensors: TensorReader, read_mlp=None, norm_plus: float = 0.0) -> ModelWeights:
-    """All weights under Llama's names; ``read_mlp(config, tensors, prefix, layer)`` gives the feed-forward fields."""
+    """All weights under Llama's names; ``read_mlp`` gives the feed-forward fields, as :func:`mlp` does.
+
+    ``norm_plus`` is added to the weights of norms.
+    """
     hidden, read_mlp = config.hidden_size, read_mlp or mlp
     embedding, lm_head = embeddings(config, tensors, "model.embed_tokens.weight")
     layers = []
@@ -98,7 +149,7 @@ def weights(config: ModelConfig, tensors: TensorReader, read_mlp=None, norm_plus
                 o=linear(
                     tensors, [(prefix + "self_attn.o_proj", hidden)], config.num_heads * config.head_dim, config.o_bias
                 ),
-                **read_mlp(config, tensors, prefix + "mlp.", layer),
+                **read_mlp(config, tensors, prefix, layer),
             )
         )
     return ModelWeights(embedding, lm_head, Norm(tensors.vector("model.norm.weight", hidden, norm_plus)), layers)
@@ -127,9 +178,9 @@ def qkv(config: ModelConfig, tensors: TensorReader, prefix: str) -> Linear:
     return linear(tensors, parts, config.hidden_size, config.qkv_bias)
 
 
-def mlp(config: ModelConfig, tensors: TensorReader, prefix: str, layer=None) -> dict:
-    """``gate_up`` and ``down`` of a gated feed-forward part."""
-    inner = config.intermediate_size
+def mlp(config: ModelConfig, tensors: TensorReader, prefix: str, layer: LayerConfig) -> dict:
+    """The feed-forward fields of the layer whose tensors' names begin with ``prefix``."""
+    prefix, inner = f"{prefix}mlp.", config.intermediate_size
     parts = [(f"{prefix}gate_proj", inner), (f"{prefix}up_proj", inner)]
     if tensors.has(f"{prefix}gate_up_proj.weight"):  # Phi-3 stores them stacked
         parts = [(f"{prefix}gate_up_proj", 2 * inner)]
