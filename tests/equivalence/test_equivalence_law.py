@@ -1,0 +1,136 @@
+"""A request's tokens do not depend on its company.
+
+Random traces in tiny pools: requests of mixed lengths arrive while others run, share prefixes, are
+preempted, aborted and prioritised, under random block sizes and chunk sizes. Each must give exactly
+what it gives alone. After every step the laws of the block pool are checked, and after the last
+request every block is back.
+"""
+
+import os
+import random
+
+import pytest
+
+from minipaged.config import SamplingParams
+from tests.support.engines import assert_all_blocks_back, make_engine
+from tests.support.law import Comparison, run_alone
+
+NUM_TRACES = int(os.environ.get("MINIPAGED_TEST_TRACES", "300"))
+NUM_REQUESTS = 60
+VOCAB = 1024
+
+
+def random_params(rng: random.Random) -> SamplingParams:
+    """Greedy half of the time, else sampled with a seed and whatever else."""
+    options = {"max_tokens": rng.choice([1, 2, 5, 9, 17, 40, 60]), "ignore_eos": rng.random() < 0.7}
+    if rng.random() < 0.5:
+        options["temperature"] = 0
+    else:
+        options |= {"temperature": rng.choice([0.5, 0.9, 1.3]), "seed": rng.randrange(2**32)}
+        options |= {"top_p": rng.choice([1.0, 0.9]), "top_k": rng.choice([0, 20]), "min_p": rng.choice([0, 0.02])}
+    if rng.random() < 0.3:
+        options |= {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2}
+    if rng.random() < 0.2:
+        options |= {"min_tokens": min(4, options["max_tokens"])}
+    if rng.random() < 0.2:
+        options |= {"stop": ["\n", "the"], "include_stop_str_in_output": rng.random() < 0.5}
+    if rng.random() < 0.15:
+        options |= {"logprobs": 3}
+    if rng.random() < 0.15:
+        options |= {"prompt_logprobs": 2}
+    return SamplingParams(**options)
+
+
+def random_prompts(rng: random.Random) -> list[list[int]]:
+    """Prompts of 1 to 90 tokens; most begin like another one, some are equal, some a prefix of it."""
+    roots = [[rng.randrange(4, VOCAB) for _ in range(rng.choice([16, 32, 40, 64]))] for _ in range(4)]
+    prompts = []
+    for _ in range(NUM_REQUESTS):
+        if rng.random() < 0.3:
+            prompts.append([rng.randrange(4, VOCAB) for _ in range(rng.randint(1, 60))])
+        else:
+            root = rng.choice(roots)
+            tail = [rng.randrange(4, VOCAB) for _ in range(rng.choice([0, 0, 1, 5, 26]))]
+            prompts.append(root[: rng.randint(1, len(root))] + tail)
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def expectations():
+    """What each request gives alone, without prefix cache, its prompt whole; for both models."""
+    from tests.support.law import record_margins
+
+    cache = {}
+
+    def of(model: str):
+        if model not in cache:
+            rng = random.Random(f"requests for {model}")
+            engine = make_engine(model, enable_prefix_caching=False, block_size=16)
+            margins = record_margins(engine)
+            cache[model] = [
+                run_alone(engine, prompt, random_params(rng), margins) for prompt in random_prompts(rng)
+            ]
+        return cache[model]
+
+    return of
+
+
+def run_trace(rng: random.Random, model: str, expectations: list, comparison: Comparison, where: str) -> dict:
+    """One random trace on a fresh engine; returns its counters."""
+    block_size = rng.choice([1, 2, 4, 8, 16, 32])
+    chosen = [rng.choice(expectations) for _ in range(rng.randint(2, 9))]
+    largest = max(len(e.prompt) + e.params.max_tokens for e in chosen)
+    smallest_pool = -(-largest // block_size)
+    max_num_seqs = rng.choice([1, 2, 4, 8, 8])
+    policy = rng.choice(["fcfs", "fcfs", "priority"])
+    engine = make_engine(
+        model,
+        block_size=block_size,
+        num_blocks=smallest_pool + rng.choice([0, 0, 0, 1, smallest_pool // 2]),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 15, 200]),
+        enable_prefix_caching=rng.random() < 0.8,
+        policy=policy,
+    )
+    waiting = list(enumerate(chosen))
+    rng.shuffle(waiting)
+    running: dict[str, int] = {}
+    aborts = rng.random() < 0.4
+    steps = 0
+    while waiting or running:
+        while waiting and rng.random() < 0.5:
+            index, expected = waiting.pop()
+            request_id = engine.add_request(
+                expected.prompt,
+                expected.params,
+                priority=rng.randint(-2, 2) if policy == "priority" else 0,
+                cache_salt=rng.choice([None, None, "tenant"]),
+                stream=rng.random() < 0.3,
+            )
+            running[request_id] = index
+        if aborts and running and rng.random() < 0.05:
+            request_id = rng.choice(list(running))
+            output = engine.abort(request_id)
+            comparison.compare(chosen[running.pop(request_id)], output.outputs[0], where)
+        for output in engine.step():
+            if output.finished:
+                comparison.compare(chosen[running.pop(output.request_id)], output.outputs[0], where)
+        steps += 1
+        assert steps < 5000, f"{where}: no end in sight"
+    assert_all_blocks_back(engine)
+    stats = engine.stats()
+    return {"preemptions": stats.num_preemptions, "cached": stats.num_prompt_tokens_cached}
+
+
+def test_tokens_do_not_depend_on_company(expectations):
+    comparison = Comparison()
+    totals = {"preemptions": 0, "cached": 0}
+    for trace in range(NUM_TRACES):
+        rng = random.Random(trace)
+        model = "tiny" if trace % 10 == 0 else "tiny-draft"
+        counts = run_trace(rng, model, expectations(model), comparison, f"trace {trace} on {model}")
+        totals = {name: totals[name] + counts[name] for name in totals}
+    comparison.check_excuses()
+    # The law is only tested if what it is about has happened.
+    assert totals["preemptions"] > NUM_TRACES / 10, totals
+    assert totals["cached"] > NUM_TRACES, totals
