@@ -18,6 +18,8 @@ QUANTIZATIONS = (None, "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 POLICIES = ("fcfs", "priority", "static")
 MAX_BLOCK_SIZE = 256
+MAX_TOKEN_ID = 2**31 - 1
+MAX_INT = 2**63 - 1  # no counter needs more than 64 bits
 
 
 def reject_unknown(cls: type, given: dict, error: type[Exception]) -> None:
@@ -30,32 +32,42 @@ def reject_unknown(cls: type, given: dict, error: type[Exception]) -> None:
             raise error(f"unknown option {name!r}.{hint}")
 
 
+def _show(value) -> str:
+    """``repr`` in a length that fits a message; Python refuses to print very long integers."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 200 else text[:200] + "..."
+
+
 def _check_choice(error, name, value, choices):
     if value not in choices:
-        raise error(f"{name} is {value!r}; it must be one of {', '.join(map(repr, choices))}.")
+        raise error(f"{name} is {_show(value)}; it must be one of {', '.join(map(repr, choices))}.")
 
 
 def _check_int(error, name, value, low=None, high=None, optional=False):
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise error(f"{name} is {value!r}; it must be an integer.")
+        raise error(f"{name} is {_show(value)}; it must be an integer.")
     _check_range(error, name, value, low, high)
 
 
 def _check_number(error, name, value, low=None, high=None, optional=False):
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise error(f"{name} is {value!r}; it must be a finite number.")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
+        raise error(f"{name} is {_show(value)}; it must be a finite number.")
     _check_range(error, name, value, low, high)
 
 
 def _check_range(error, name, value, low, high):
     if low is not None and value < low:
-        raise error(f"{name} is {value}; it must be at least {low}.")
+        raise error(f"{name} is {_show(value)}; it must be at least {low}.")
     if high is not None and value > high:
-        raise error(f"{name} is {value}; it must be at most {high}.")
+        raise error(f"{name} is {_show(value)}; it must be at most {high}.")
 
 
 @dataclass(frozen=True)
@@ -115,18 +127,18 @@ class EngineConfig:
     def __post_init__(self):
         err = ConfigError
         if not isinstance(self.model, str) or not self.model:
-            raise err(f"model is {self.model!r}; it must be a name or a path.")
+            raise err(f"model is {_show(self.model)}; it must be a name or a path.")
         _check_choice(err, "device", self.device, DEVICES)
         _check_choice(err, "dtype", self.dtype, DTYPES)
         _check_choice(err, "quantization", self.quantization, QUANTIZATIONS)
         _check_choice(err, "kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
         _check_choice(err, "policy", self.policy, POLICIES)
         _check_int(err, "num_blocks", self.num_blocks, 1, 2**31 - 1, optional=True)
-        _check_int(err, "kv_cache_memory", self.kv_cache_memory, 1, optional=True)
+        _check_int(err, "kv_cache_memory", self.kv_cache_memory, 1, MAX_INT, optional=True)
         _check_int(err, "block_size", self.block_size, 1, MAX_BLOCK_SIZE)
         if self.block_size & (self.block_size - 1):
             raise err(f"block_size is {self.block_size}; it must be a power of two from 1 to {MAX_BLOCK_SIZE}.")
-        _check_int(err, "max_model_len", self.max_model_len, 1, optional=True)
+        _check_int(err, "max_model_len", self.max_model_len, 1, MAX_INT, optional=True)
         _check_int(err, "max_num_seqs", self.max_num_seqs, 1, 65536)
         _check_int(err, "max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**24)
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -137,10 +149,10 @@ class EngineConfig:
             )
         for name in ("enable_prefix_caching", "check_integrity"):
             if not isinstance(getattr(self, name), bool):
-                raise err(f"{name} is {getattr(self, name)!r}; it must be True or False.")
+                raise err(f"{name} is {_show(getattr(self, name))}; it must be True or False.")
         _check_int(err, "num_threads", self.num_threads, 1, 1024, optional=True)
         _check_int(err, "seed", self.seed, 0, 2**64 - 1)
-        _check_int(err, "swap_space", self.swap_space, 0)
+        _check_int(err, "swap_space", self.swap_space, 0, MAX_INT)
 
 
 @dataclass
@@ -207,7 +219,7 @@ class SamplingParams:
         err = InvalidParameterError
         _check_int(err, "n", self.n, 1, 1024)
         _check_number(err, "temperature", self.temperature, 0, 1000)
-        _check_int(err, "top_k", self.top_k, -1)
+        _check_int(err, "top_k", self.top_k, -1, MAX_INT)
         _check_number(err, "top_p", self.top_p, 0, 1)
         if self.top_p == 0:
             raise err("top_p is 0; it must be above 0 (1 keeps every token; use temperature=0 for greedy).")
@@ -222,9 +234,9 @@ class SamplingParams:
         self.bad_words = self._strings("bad_words", self.bad_words)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise err(f"{name} is {getattr(self, name)!r}; it must be True or False.")
-        _check_int(err, "max_tokens", self.max_tokens, 1, optional=True)
-        _check_int(err, "min_tokens", self.min_tokens, 0)
+                raise err(f"{name} is {_show(getattr(self, name))}; it must be True or False.")
+        _check_int(err, "max_tokens", self.max_tokens, 1, MAX_INT, optional=True)
+        _check_int(err, "min_tokens", self.min_tokens, 0, MAX_INT)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise err(f"min_tokens is {self.min_tokens}, more than max_tokens ({self.max_tokens}).")
         _check_int(err, "logprobs", self.logprobs, 0, self.MAX_LOGPROBS, optional=True)
@@ -236,9 +248,9 @@ class SamplingParams:
                 raise err("allowed_token_ids is empty; at least one token must be allowed (None allows all).")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
-                raise err(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers.")
+                raise err(f"logit_bias is {_show(self.logit_bias)}; it must map token ids to numbers.")
             for token_id, bias in self.logit_bias.items():
-                _check_int(err, "a token id in logit_bias", token_id, 0)
+                _check_int(err, "a token id in logit_bias", token_id, 0, MAX_TOKEN_ID)
                 _check_number(err, f"logit_bias[{token_id}]", bias, -100, 100)
 
     @staticmethod
@@ -248,7 +260,7 @@ class SamplingParams:
         if isinstance(value, str) and allow_str:
             value = [value]
         if not isinstance(value, (list, tuple)) or not all(isinstance(s, str) for s in value):
-            raise InvalidParameterError(f"{name} is {value!r}; it must be a list of strings.")
+            raise InvalidParameterError(f"{name} is {_show(value)}; it must be a list of strings.")
         if any(not s for s in value):
             raise InvalidParameterError(f"{name} holds an empty string, which every text contains; remove it.")
         return list(value)
@@ -258,9 +270,9 @@ class SamplingParams:
         if value is None:
             return []
         if not isinstance(value, (list, tuple, set, frozenset)):
-            raise InvalidParameterError(f"{name} is {value!r}; it must be a list of token ids.")
+            raise InvalidParameterError(f"{name} is {_show(value)}; it must be a list of token ids.")
         for token_id in value:
-            _check_int(InvalidParameterError, f"a token id in {name}", token_id, 0)
+            _check_int(InvalidParameterError, f"a token id in {name}", token_id, 0, MAX_TOKEN_ID)
         return list(value)
 
     @property

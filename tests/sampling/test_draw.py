@@ -64,11 +64,11 @@ def test_never_draws_weight_zero(values, u):
 
 def test_frequencies_over_many_chunks_match_the_weights():
     weights = np.arange(1, 1001, dtype=np.float64) ** 2
-    numbers = uniform(np.full(100_000, 3), np.arange(100_000))
+    numbers = uniform(np.full(20_000, 3), np.arange(20_000))
     counts = np.bincount([draw(weights, u) for u in numbers], minlength=1000)
-    cut = slice(200, None)  # cells large enough for the chi-square approximation
+    cut = slice(300, None)  # cells large enough for the chi-square approximation
     expected = weights[cut] / weights.sum() * len(numbers)
-    assert ((counts[cut] - expected) ** 2 / expected).sum() < chi_square_limit(800)
+    assert ((counts[cut] - expected) ** 2 / expected).sum() < chi_square_limit(700)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_frequencies_over_many_chunks_match_the_weights():
 def test_sampled_frequencies_match_the_exact_distribution(options):
     logits = np.random.default_rng(5).standard_normal(24).astype(np.float32) * 1.5
     params = SamplingParams(**options)
-    n = 20_000
+    n = 5000
     sampler = Sampler(24)
     states = [SamplingState(params, [0] * 5, vocab_size=24, seed=seed) for seed in range(n)]
     tokens = [sampled.token_id for sampled in sampler.sample(np.tile(logits, (n, 1)), states)]
