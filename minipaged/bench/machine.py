@@ -1,0 +1,131 @@
+"""Facts about this machine: what a measurement was made on, and what ``doctor`` shows."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile")
+PACKAGES = ("numpy", "numba", "tokenizers", "safetensors", "gguf", "jinja2", "tqdm", "cffi", "huggingface_hub")
+
+
+def cpu() -> dict:
+    """Model name and the vector features that matter here, by name: ``{"avx2": True, ...}``.
+
+    Features are ``None`` where the system does not tell (only Linux's ``/proc/cpuinfo`` is read).
+    """
+    info = {}
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            info.setdefault(key.strip(), value.strip())
+    except OSError:
+        pass
+    flags = info.get("flags", info.get("Features", "")).split()
+    return {
+        "model": info.get("model name") or platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "features": {name: name in flags if flags else None for name in CPU_FEATURES},
+    }
+
+
+def cores() -> dict:
+    """Logical cores: of the machine, those this process may run on, and the control group's quota
+    (in cores; ``None``: no limit)."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"machine": os.cpu_count(), "usable": usable, "quota": _cpu_quota()}
+
+
+def _cpu_quota() -> float | None:
+    root = Path("/sys/fs/cgroup")
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    return None if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def memory() -> dict:
+    """Bytes of memory: the machine's, and what this process may still take (``None``: unknown)."""
+    from minipaged.sizing import available_memory
+
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        total = None
+    return {"total": total, "available": available_memory()}
+
+
+def packages() -> dict[str, str | None]:
+    """Versions of the packages minipaged uses; ``None``: not installed. Imports none of them."""
+    return {name: package_version(name) for name in PACKAGES}
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def blas() -> dict:
+    """The BLAS that NumPy multiplies matrices with, and how many threads it uses (``None``: unknown)."""
+    import numpy as np
+
+    found = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
+    return {"name": found.get("name", "unknown"), "version": found.get("version"), "threads": blas_threads()}
+
+
+def blas_threads() -> int | None:
+    """Threads of the OpenBLAS library that is loaded in this process; ``None`` if it is another one."""
+    try:
+        mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    except OSError:
+        return None
+    for path in sorted(p for p in mapped if "openblas" in p):
+        library = ctypes.CDLL(path)
+        # NumPy's wheels prefix and suffix the symbol; distributions' own builds do not.
+        for name in ("scipy_openblas_get_num_threads64_", "openblas_get_num_threads64_", "openblas_get_num_threads"):
+            if hasattr(library, name):
+                return int(getattr(library, name)())
+    return None
+
+
+def cuda() -> dict:
+    """What answers of CUDA: ``driver`` (version or ``None``), ``devices`` (name and compute
+    capability each), ``package`` (numba-cuda's version) and ``problem`` (text, or ``None``)."""
+    found = {"driver": None, "devices": [], "package": package_version("numba-cuda"), "problem": None}
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return found | {"problem": "no CUDA driver (libcuda.so.1 is not there)"}
+    version, count = ctypes.c_int(), ctypes.c_int()
+    if driver.cuDriverGetVersion(ctypes.byref(version)) == 0:
+        found["driver"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    status = driver.cuInit(0)
+    if status == 0:
+        status = driver.cuDeviceGetCount(ctypes.byref(count))
+    if status != 0:
+        return found | {"problem": f"the CUDA driver answers with error {status} (no device?)"}
+    found["devices"] = [_cuda_device(driver, number) for number in range(count.value)]
+    if not found["devices"]:
+        found["problem"] = "the CUDA driver sees no device"
+    return found
+
+
+def _cuda_device(driver, number: int) -> dict:
+    major_attribute, minor_attribute = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(device), number)
+    driver.cuDeviceGetName(name, len(name), device)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), major_attribute, device)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), minor_attribute, device)
+    return {"name": name.value.decode(errors="replace"), "compute_capability": f"{major.value}.{minor.value}"}

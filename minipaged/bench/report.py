@@ -1,0 +1,144 @@
+"""Results in words: what was measured, on what, in tables; and the context that every number needs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from minipaged import __version__
+from minipaged.bench import machine
+from minipaged.cli.terminal import fields, human_bytes, human_count, table
+
+if TYPE_CHECKING:  # the memory report needs no engine
+    from minipaged.engine import Engine
+
+
+def context(engine: Engine) -> dict:
+    """What a number depends on: model, precision, device, threads, machine, limits."""
+    stats = engine.stats()
+    limits = engine.scheduler.config
+    cpu = machine.cpu()
+    return {
+        "minipaged": __version__,
+        "model": engine.config.model,
+        "architecture": engine.model.config.architecture,
+        "device": engine.backend.name,
+        "dtype": precision(engine),
+        "kv_cache_dtype": str(engine.runner.kv_cache.k.dtype),
+        "weight_bytes": stats.weight_bytes,
+        "threads": num_threads(engine),
+        "cpu": cpu["model"],
+        "cpu_features": [name for name, has in cpu["features"].items() if has],
+        "cores": machine.cores(),
+        "numpy": machine.package_version("numpy"),
+        "blas": machine.blas(),
+        "block_size": limits.block_size,
+        "num_blocks": limits.num_blocks,
+        "kv_cache_bytes": stats.kv_cache_bytes,
+        "max_model_len": limits.max_model_len,
+        "max_num_seqs": limits.max_num_seqs,
+        "max_num_batched_tokens": limits.max_num_batched_tokens,
+        "enable_prefix_caching": engine.config.enable_prefix_caching,
+    }
+
+
+def precision(engine: Engine) -> str:
+    """The precision that the weights are computed in."""
+    return str(engine.runner.decoder.weights.embedding.dtype)
+
+
+def num_threads(engine: Engine) -> int:
+    """Threads that compute: the option, else BLAS's own number, else the usable cores."""
+    return engine.config.num_threads or machine.blas_threads() or machine.cores()["usable"]
+
+
+def context_text(found: dict) -> str:
+    pool_size = human_bytes(found["kv_cache_bytes"])
+    return fields(
+        [
+            ("model", f"{found['model']} ({found['architecture']}), weights {human_bytes(found['weight_bytes'])}"),
+            ("precision", f"{found['dtype']}, KV cache {found['kv_cache_dtype']}"),
+            ("device", f"{found['device']}, {found['threads']} threads on {found['cpu']}"),
+            ("KV pool", f"{found['num_blocks']} blocks of {found['block_size']} tokens, {pool_size}"),
+            (
+                "limits",
+                f"max_model_len {found['max_model_len']}, max_num_seqs {found['max_num_seqs']}, "
+                f"max_num_batched_tokens {found['max_num_batched_tokens']}",
+            ),
+        ]
+    )
+
+
+def throughput_text(result: dict) -> str:
+    """One column a policy (medians over the rounds), and the ratio if there are two."""
+    policies = result["policies"]
+    medians = [policies[name]["median"] for name in policies]
+    lines = [
+        ("generated tokens/s", lambda m: f"{m['generated_per_second']:.1f}"),
+        ("total tokens/s", lambda m: f"{m['tokens_per_second']:.1f}"),
+        ("wall time", lambda m: f"{m['wall']:.2f} s"),
+        ("prompt tokens", lambda m: human_count(m["prompt_tokens"])),
+        ("generated tokens", lambda m: human_count(m["generated_tokens"])),
+        ("TTFT, median", lambda m: f"{m['ttft']['median']:.3f} s"),
+        ("TTFT, p99", lambda m: f"{m['ttft']['p99']:.3f} s"),
+        ("steps", lambda m: f"{m['steps']:.0f}"),
+        ("sequences a step, mean", lambda m: f"{m['running']:.1f}"),
+        ("pool in use, mean", lambda m: f"{m['block_use']:.1%}"),
+        ("pool in use, peak", lambda m: f"{m['block_use_peak']:.1%}"),
+        ("preemptions", lambda m: f"{m['preemptions']:.0f}"),
+    ]
+    rows = [[name, *(show(m) for m in medians)] for name, show in lines]
+    text = f"workload: {result['workload']}, all arriving at once; median of {result['rounds']} round(s)\n\n"
+    text += table(["", *policies], rows, right=tuple(range(1, len(policies) + 1)))
+    if "ratio" in result:
+        ratio = result["ratio"]
+        text += (
+            f"\n\n{ratio['of']} makes {ratio['median']:.2f}x the tokens/s of {ratio['to']} "
+            f"(per round: {', '.join(f'{value:.2f}' for value in ratio['rounds'])})"
+        )
+    return text
+
+
+def latency_text(result: dict) -> str:
+    rows = [
+        [
+            batch["batch_size"],
+            f"{batch['step']['median'] * 1e3:.2f}",
+            f"{batch['tokens_per_second']:.1f}",
+            f"{batch['floor'] * 1e3:.2f}",
+            f"{batch['share_of_floor']:.0%}",
+        ]
+        for batch in result["decode"]
+    ]
+    return (
+        f"TTFT at {result['prompt_len']} prompt tokens: {result['ttft']['median'] * 1e3:.1f} ms "
+        f"(median of {result['repetitions']}; {result['ttft']['min'] * 1e3:.1f} to "
+        f"{result['ttft']['max'] * 1e3:.1f})\n"
+        f"memory read bandwidth: {result['read_bandwidth'] / 1e9:.1f} GB/s\n\n"
+        + table(
+            ["batch size", "ms/step", "tokens/s", "floor, ms/step", "floor / measured"], rows, right=(0, 1, 2, 3, 4)
+        )
+        + "\n\nfloor: reading all weights and the batch's KV once at the measured bandwidth; 100% is the best possible."
+    )
+
+
+def memory_text(result: dict, definition: str) -> str:
+    rows = [
+        [
+            name,
+            f"{result[name]['waste']:.1%}",
+            f"{result[name]['waste_later']:.1%}",
+            f"{result[name]['waste_never']:.1%}",
+            f"{result[name]['mean_running']:.1f}",
+            result[name]["steps"],
+        ]
+        for name in ("paged", "contiguous")
+    ]
+    return (
+        f"{result['num_requests']} requests, {result['distribution']} lengths (mean {result['mean_prompt_len']:.0f} + "
+        f"{result['mean_output_len']:.0f} tokens), seed {result['seed']}\n"
+        f"pool of {result['num_blocks']} blocks of {result['block_size']} tokens, "
+        f"max_model_len {result['max_model_len']}\n\n"
+        + table(["reservation", "waste", "later", "never", "sequences a step", "steps"], rows, right=(1, 2, 3, 4, 5))
+        + "\n\n"
+        + definition
+    )

@@ -1,0 +1,1 @@
+"""The ``minipaged`` command: one file a subcommand, options generated from the dataclasses."""

@@ -1,0 +1,179 @@
+"""Measure throughput, latency, or how much KV memory is wasted."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+from minipaged.cli.options import add_engine_options, given, positive_int, positive_ints
+from minipaged.cli.terminal import note, write
+from minipaged.config import POLICIES, EngineConfig
+
+SUMMARY = "measure throughput, latency or KV memory waste"
+DISTRIBUTIONS = ("conversation", "instruction", "uniform", "fixed")
+EPILOG = """\
+examples:
+  minipaged bench throughput --num-requests 32 --compare static
+  minipaged bench throughput --distribution fixed --input-len 128 --output-len 64 --json result.json
+  minipaged bench latency --prompt-len 128 --batch-size 1,32
+  minipaged bench memory
+"""
+OMITTED_ENGINE_OPTIONS = ("seed",)  # --seed is the workload's here; nothing is sampled at random
+SCHEDULER_OPTIONS = ("block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(title="what to measure", metavar="WHAT", dest="bench", required=True)
+    _configure_throughput(_add(kinds, "throughput", _throughput, "tokens/s of a workload, and what a policy changes"))
+    _configure_latency(_add(kinds, "latency", _latency, "time to first token, and decode speed by batch size"))
+    _configure_memory(_add(kinds, "memory", _memory, "reserved KV slots that hold no token, paged and contiguous"))
+
+
+def _add(kinds, name: str, function, summary: str) -> argparse.ArgumentParser:
+    parser = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON ('-': to stdout, no table)")
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser.set_defaults(measure=function)
+    return parser
+
+
+def _configure_throughput(parser: argparse.ArgumentParser) -> None:
+    _add_workload_options(parser, num_requests=32)
+    parser.add_argument("--workload", metavar="FILE", help="a JSON list of {prompt_token_ids or prompt, max_tokens}")
+    parser.add_argument("--save-workload", metavar="FILE", help="write the workload in that form")
+    parser.add_argument(
+        "--compare", choices=POLICIES, help="also run this policy on the same trace and pool, and print the ratio"
+    )
+    parser.add_argument("--rounds", type=positive_int, metavar="N", help="runs of each (default: 1; with --compare 3)")
+    add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
+
+
+def _configure_latency(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt-len", type=positive_int, default=128, metavar="N", help="prompt tokens (default: 128)"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=positive_ints,
+        default=[1, 32],
+        metavar="N,N,...",
+        help="sequences decoded together (default: 1,32)",
+    )
+    parser.add_argument(
+        "--steps", type=positive_int, default=32, metavar="N", help="decode steps timed in a repetition (default: 32)"
+    )
+    parser.add_argument(
+        "--repetitions", type=positive_int, default=5, metavar="N", help="after one warm-up (default: 5)"
+    )
+    add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
+
+
+def _configure_memory(parser: argparse.ArgumentParser) -> None:
+    _add_workload_options(parser, num_requests=256)
+    group = parser.add_argument_group("scheduler options", "No model runs: only the scheduler is exercised.")
+    defaults = {"num_blocks": 2048, "max_model_len": 2048}
+    for field in dataclasses.fields(EngineConfig):
+        if field.name in SCHEDULER_OPTIONS:
+            default = defaults.get(field.name, field.default)
+            flag = "--" + field.name.replace("_", "-")
+            group.add_argument(
+                flag, dest=field.name, type=positive_int, default=default, metavar="N", help=f"(default: {default})"
+            )
+
+
+def _add_workload_options(parser: argparse.ArgumentParser, num_requests: int) -> None:
+    group = parser.add_argument_group("workload")
+    group.add_argument(
+        "--distribution",
+        choices=DISTRIBUTIONS,
+        default="conversation",
+        help="lengths: like ShareGPT's, like Alpaca's, 1 to twice the mean, or all the same (default: conversation)",
+    )
+    group.add_argument(
+        "--num-requests", type=positive_int, default=num_requests, metavar="N", help=f"(default: {num_requests})"
+    )
+    group.add_argument("--input-len", type=positive_int, default=128, metavar="N", help="(mean) prompt tokens; 128")
+    group.add_argument("--output-len", type=positive_int, default=128, metavar="N", help="(mean) output tokens; 128")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and tokens (default: 0)")
+
+
+def run(args: argparse.Namespace) -> None:
+    text, result = args.measure(args)
+    if args.json == "-":
+        write(json.dumps(result, indent=1) + "\n")
+        return
+    write(text + "\n")
+    if args.json:
+        from minipaged.bench.workload import write_json
+
+        write_json(result, args.json)
+
+
+def _throughput(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench import report, throughput, workload
+    from minipaged.engine import Engine
+
+    config = EngineConfig.from_options(**given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS))
+    trace = workload.load_workload(args.workload) if args.workload else None
+    engine = Engine(config)
+    if trace is None:
+        trace = workload.make_workload(
+            args.distribution,
+            args.num_requests,
+            args.seed,
+            vocab_size=engine.model.config.vocab_size,
+            max_model_len=engine.max_model_len,
+            input_len=args.input_len,
+            output_len=args.output_len,
+        )
+    if args.save_workload:
+        workload.save_workload(trace, args.save_workload)
+    policies = list(dict.fromkeys([config.policy, *([args.compare] if args.compare else [])]))
+    rounds = args.rounds or (3 if len(policies) > 1 else 1)
+    context = report.context(engine)
+    result = throughput.measure(engine, trace, policies, rounds, progress=_note_run)
+    result = {"bench": "throughput", "context": context, **result}
+    return report.context_text(context) + "\n" + report.throughput_text(result), result
+
+
+def _note_run(policy: str, number: int, result: dict) -> None:
+    note(f"round {number}, {policy}: {result['generated_per_second']:.1f} generated tokens/s in {result['wall']:.1f} s")
+
+
+def _latency(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench import latency, report
+    from minipaged.engine import Engine
+
+    options = given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)
+    engine = Engine(EngineConfig.from_options(**options))
+    context = report.context(engine)
+    result = latency.measure(
+        engine,
+        prompt_len=args.prompt_len,
+        num_steps=args.steps,
+        batch_sizes=args.batch_size,
+        repetitions=args.repetitions,
+        num_threads=report.num_threads(engine),
+        progress=note,
+    )
+    result = {"bench": "latency", "context": context, **result}
+    return report.context_text(context) + "\n" + report.latency_text(result), result
+
+
+def _memory(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench import memory, report
+
+    limits = {name: getattr(args, name) for name in SCHEDULER_OPTIONS}
+    EngineConfig.from_options(**limits)  # refuses bad values with the same words as the engine
+    result = memory.measure(
+        distribution=args.distribution,
+        num_requests=args.num_requests,
+        seed=args.seed,
+        input_len=args.input_len,
+        output_len=args.output_len,
+        **limits,
+    )
+    return report.memory_text(result, memory.DEFINITION), {"bench": "memory", "definition": memory.DEFINITION, **result}
