@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,12 @@ class GGUFFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._view(name).shape
+
+    def stored_as(self, name: str) -> tuple[str, int]:
+        """See :meth:`minipaged.model.weights.TensorSource.stored_as`."""
+        view = self._view(name)
+        kind = view.info.type
+        return kind.name, math.prod(view.shape) // kind.block_size * kind.type_size
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """See :meth:`minipaged.model.weights.TensorSource.read`."""

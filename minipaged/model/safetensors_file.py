@@ -58,6 +58,11 @@ class SafetensorsSource:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[1].shape
 
+    def stored_as(self, name: str) -> tuple[str, int]:
+        """See :meth:`minipaged.model.weights.TensorSource.stored_as`."""
+        info = self._find(name)[1]
+        return info.dtype, info.end - info.start
+
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """See :meth:`minipaged.model.weights.TensorSource.read`."""
         file, info = self._find(name)

@@ -19,6 +19,10 @@ class TensorSource(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
+    def stored_as(self, name: str) -> tuple[str, int]:
+        """The dtype that the tensor has in the file, as the file format calls it, and its bytes there."""
+        ...
+
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """The tensor in float32, written into ``out`` (same shape, float32) if that is given.
 
