@@ -63,3 +63,14 @@ def check_options(backend: Backend, config: EngineConfig) -> None:
                 f"{name} is {value!r}, which the {backend.name} backend does not offer; "
                 f"it takes {' or '.join(map(repr, values))}."
             )
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Let BLAS use ``num_threads`` threads; ``None`` leaves it its own choice.
+
+    BLAS has one pool a process: the engine that was made last decides for all.
+    """
+    if num_threads is not None:
+        from threadpoolctl import threadpool_limits
+
+        threadpool_limits(limits=num_threads, user_api="blas")

@@ -11,8 +11,8 @@ import numpy as np
 
 from minipaged import backends
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.core.request import Request
 from minipaged.core.factory import make_scheduler
+from minipaged.core.request import Request
 from minipaged.core.scheduler import SchedulerConfig, SchedulerOutput
 from minipaged.errors import (
     InvalidParameterError,
@@ -74,6 +74,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=config.block_size,
             max_model_len=self.max_model_len,
+            num_threads=config.num_threads,
         )
         self.sampler = Sampler(self.model.config.vocab_size)
         self._prepared: dict[str, PreparedRequest] = {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipaged.backends import Backend
+from minipaged.backends import Backend, set_num_threads
 from minipaged.core.scheduler import ScheduledSequence, SchedulerOutput
 from minipaged.kv_cache import KVCache
 from minipaged.model.architectures import load_weights
@@ -37,7 +37,17 @@ class StepLogits:
 class Runner:
     """Owns a model's weights and KV cache on one backend, and computes plans with them."""
 
-    def __init__(self, model: LoadedModel, backend: Backend, *, num_blocks: int, block_size: int, max_model_len: int):
+    def __init__(
+        self,
+        model: LoadedModel,
+        backend: Backend,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_model_len: int,
+        num_threads: int | None = None,
+    ):
+        set_num_threads(num_threads)
         ops = _make_ops(backend)
         weights = load_weights(model.config, model.source)
         self.weight_bytes = _num_bytes(weights)

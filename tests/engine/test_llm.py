@@ -152,3 +152,11 @@ def test_metrics_and_cumulative_logprob(llm):
     chosen = sum(entry[t].logprob for entry, t in zip(completion.logprobs, completion.token_ids, strict=True))
     assert completion.cumulative_logprob == pytest.approx(chosen)
     assert all(entry[t].rank == 1 for entry, t in zip(completion.logprobs, completion.token_ids, strict=True))
+
+
+def test_num_threads_limits_blas():
+    from threadpoolctl import threadpool_info, threadpool_limits
+
+    with threadpool_limits(limits=2, user_api="blas"):
+        with LLM("tiny-draft", device="reference", num_threads=1):
+            assert {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"} == {1}
