@@ -33,7 +33,8 @@ def gemma2(config: ConfigReader) -> ModelConfig:
 
 
 def gemma3(config: ConfigReader) -> ModelConfig:
-    windows = _windows(config, pattern=_pattern(config))
+    # _sliding_window_pattern, which transformers 5 writes as well, is always 6 and means nothing.
+    windows = _windows(config, pattern=config.integer("sliding_window_pattern", 6))
     sizes = common.sizes(config, head_dim=256)
     positions = common.max_positions(config, 131072)
     sections = config.section("rope_parameters")
@@ -63,22 +64,16 @@ def weights(config: ModelConfig, tensors: TensorReader) -> ModelWeights:
     return common.weights(config, tensors, norm_plus=1.0)
 
 
-def _pattern(config: ConfigReader) -> int:
-    """Every how many layers one sees everything, by either of the names that were used for it."""
-    config.agree("sliding_window_pattern", "_sliding_window_pattern")
-    key = "sliding_window_pattern" if "sliding_window_pattern" in config.values else "_sliding_window_pattern"
-    return config.integer(key, 6)
-
-
 def _windows(config: ConfigReader, pattern: int) -> list[int | None]:
     """The last of every ``pattern`` layers sees everything, the others have a sliding window."""
     window = config.integer("sliding_window", 4096, high=2**31, optional=True)
     layers = common.num_layers(config)
     default = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)]
     types = config.get("layer_types")
-    for key in ("sliding_window_pattern", "_sliding_window_pattern"):
-        if config.values.get(key) is not None and types is not None and types != default:
-            raise ModelFormatError(f"{config.where}: {key} is {pattern}, but layer_types is another pattern.")
+    if config.values.get("sliding_window_pattern") is not None and types not in (None, default):
+        raise ModelFormatError(
+            f"{config.where}: sliding_window_pattern is {pattern}, but layer_types follows another pattern."
+        )
     return common.layer_types(config, default, window)
 
 
