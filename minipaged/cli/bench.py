@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 
-from minipaged.cli.options import add_engine_options, given, positive_int, positive_ints
+from minipaged.cli.options import add_common_options, add_engine_options, given, positive_int, positive_ints
 from minipaged.cli.terminal import note, write
 from minipaged.config import POLICIES, EngineConfig
 
@@ -33,9 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def _add(kinds, name: str, function, summary: str) -> argparse.ArgumentParser:
     parser = kinds.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON ('-': to stdout, no table)")
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-    )
+    add_common_options(parser)
     parser.set_defaults(measure=function)
     return parser
 

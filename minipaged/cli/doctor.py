@@ -9,6 +9,7 @@ import platform
 
 from minipaged import __version__
 from minipaged.cli.terminal import fields, human_bytes, table, write
+from minipaged.errors import MinipagedError
 
 SUMMARY = "show backends, CPU features, CUDA and versions"
 EPILOG = """\
@@ -32,7 +33,6 @@ def examine() -> dict:
     """Everything that is known about this machine, as plain data."""
     from minipaged import backends
     from minipaged.bench import machine
-    from minipaged.model import catalog
 
     return {
         "minipaged": __version__,
@@ -46,9 +46,19 @@ def examine() -> dict:
         "memory": machine.memory(),
         "cuda": machine.cuda(),
         "backends": [{"name": b.name, "available": b.available, "reason": b.reason} for b in backends.probe()],
-        "cache": str(catalog.home()),
-        "models": {entry.name: str(entry.path) if entry.cached else None for entry in catalog.list_models()},
+        **_models(),
     }
+
+
+def _models() -> dict:
+    """The cache folder, and the path of each named model that is on this machine."""
+    from minipaged.model import catalog
+
+    try:
+        models = {entry.name: str(entry.path) if entry.cached else None for entry in catalog.list_models()}
+        return {"cache": str(catalog.home()), "models": models}
+    except (MinipagedError, OSError) as error:  # no home directory, no permission: a finding, not a failure
+        return {"cache": f"not usable: {error}", "models": {}}
 
 
 def _text(found: dict) -> str:
@@ -66,7 +76,7 @@ def _text(found: dict) -> str:
         ("memory", f"{_size(memory['total'])}, of which {_size(memory['available'])} are available"),
         ("CUDA", _cuda_text(found["cuda"])),
         ("cache", found["cache"]),
-        ("models", ", ".join(name for name, path in found["models"].items() if path)),
+        ("models", ", ".join(name for name, path in found["models"].items() if path) or "none"),
     ]
     if found["thread_variables"]:
         facts.insert(4, ("thread settings", " ".join(f"{k}={v}" for k, v in found["thread_variables"].items())))

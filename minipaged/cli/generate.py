@@ -91,7 +91,8 @@ def read_prompts(arguments: list[str], files: list[str]) -> list[str]:
             raise InvalidParameterError(f"cannot read the prompt file {name!r}: {error.strerror}.") from None
     for number, text in enumerate(texts, start=1):
         if not text:
-            raise InvalidParameterError(f"prompt {number} of {len(texts)} is empty; give at least one character.")
+            which = "the prompt" if len(texts) == 1 else f"prompt {number} of {len(texts)}"
+            raise InvalidParameterError(f"{which} is empty; give at least one character.")
     return texts
 
 

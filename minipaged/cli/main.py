@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 
 from minipaged import __version__
 from minipaged.cli import bench, chat, doctor, generate, inspect, models, pull
+from minipaged.cli.options import add_common_options
 from minipaged.errors import InvalidParameterError, MinipagedError
 
 COMMANDS = {
@@ -46,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"minipaged {__version__}")
-    _add_common_options(parser)
+    add_common_options(parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, module in COMMANDS.items():
         command = commands.add_parser(
@@ -58,19 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         module.configure(command)
-        _add_common_options(command)
+        add_common_options(command)
         command.set_defaults(run=module.run)
     return parser
-
-
-def _add_common_options(parser: argparse.ArgumentParser) -> None:
-    # SUPPRESS: the subcommand's default must not undo what was given before the subcommand.
-    parser.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
-    )
-    parser.add_argument(
-        "--verbose", action="store_true", default=argparse.SUPPRESS, help="log what the engine decides, to stderr"
-    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,38 +71,40 @@ def main(argv: list[str] | None = None) -> int:
     Raises ``SystemExit`` for ``--help``, ``--version`` and command lines that argparse refuses.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    debug = "--debug" in arguments
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
         _check_utf8(arguments)
         args = build_parser().parse_args(arguments)
         if getattr(args, "verbose", False):
             _log_to_stderr()
-        code = args.run(args)
+        args.run(args)
         sys.stdout.flush()
-        return code or 0
-    except MinipagedError as error:
-        if debug:
-            raise
-        return _fail(f"error: {error}", EXIT_ERROR)
-    except MemoryError:
-        if debug:
-            raise
-        return _fail(
-            "error: out of memory; use a smaller model, or lower --num-blocks or --kv-cache-memory.", EXIT_ERROR
-        )
-    except KeyboardInterrupt:
-        return _fail("interrupted", EXIT_INTERRUPTED)
+        return 0
     except BrokenPipeError:
         _silence_stdout()
         return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
     except Exception as error:
-        if debug:
-            raise
-        return _fail(
-            f"internal error: {type(error).__name__}: {error}\n"
-            "This is a bug in minipaged. Please report it with the output of the same command with --debug.",
-            EXIT_BUG,
-        )
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _fail(*_explain(error))
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """What to say about a failure, and the exit code."""
+    if isinstance(error, MinipagedError):
+        return f"error: {error}", EXIT_ERROR
+    if isinstance(error, MemoryError):
+        return "error: out of memory; use a smaller model, or lower --num-blocks or --kv-cache-memory.", EXIT_ERROR
+    if isinstance(error, OSError):  # a full disk, a missing permission: the machine's state, not a bug
+        return f"error: {error}", EXIT_ERROR
+    return (
+        f"internal error: {type(error).__name__}: {error}\n"
+        "This is a bug in minipaged. Please report it with the output of the same command with --debug.",
+        EXIT_BUG,
+    )
 
 
 def _check_utf8(arguments: list[str]) -> None:
@@ -128,7 +122,7 @@ def _check_utf8(arguments: list[str]) -> None:
 def _fail(message: str, code: int) -> int:
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         _silence_stdout()
     print(f"minipaged: {message}", file=sys.stderr)
     return code

@@ -26,6 +26,17 @@ CHOICES = {
 BYTES = ("kv_cache_memory", "swap_space")
 
 
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that every command takes, before or after its name."""
+    # SUPPRESS: the subcommand's default must not undo what was given before the subcommand.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", default=argparse.SUPPRESS, help="log what the engine decides, to stderr"
+    )
+
+
 def add_engine_options(parser: argparse.ArgumentParser, omit: tuple[str, ...] = ()) -> None:
     """Add a flag for each field of ``EngineConfig`` but those in ``omit``."""
     _add_fields(parser.add_argument_group("engine options"), EngineConfig, omit, show_defaults=True)
