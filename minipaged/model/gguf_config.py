@@ -36,7 +36,8 @@ class Metadata:
         self.architecture = self._typed("general.architecture", str, None)
         if self.architecture not in ARCHITECTURES:
             raise UnsupportedModelError(
-                f"architecture {self.architecture!r} is not supported; supported in GGUF files: {', '.join(ARCHITECTURES)}."
+                f"architecture {self.architecture!r} is not supported; supported in GGUF files: "
+                f"{', '.join(ARCHITECTURES)}."
             )
 
     def integer(self, key: str, default: int | None = None, low: int = 1, high: int = MAX_SIZE) -> int:
@@ -58,6 +59,9 @@ class Metadata:
         if type(value) not in (int, float) or not 0 < value <= high:
             raise ModelFormatError(f"metadata {self._full(key)} is {_show(value)}; it must be a positive number.")
         return float(str(np.float32(value)))  # 1e-05, not its float32 neighbour 9.99999975e-06
+
+    def optional_number(self, key: str) -> float | None:
+        return self.number(key) if self.get(key) else None
 
     def string(self, key: str, default: str) -> str:
         return self._typed(self._full(key), str, default)
@@ -83,15 +87,18 @@ def hf_config(header: GGUFHeader) -> dict:
     """
     meta = Metadata(header)
     if meta.integer("split.count", 1, low=0) > 1:
-        raise UnsupportedModelError("the model is split over several GGUF files; join them with llama-gguf-split --merge.")
+        raise UnsupportedModelError(
+            "the model is split over several GGUF files; join them with `llama-gguf-split --merge`."
+        )
     if meta.architecture == "gpt2":
         return _gpt2(meta)
     class_name, model_type = ARCHITECTURES[meta.architecture]
     hidden_size = meta.integer("embedding_length")
     num_heads = meta.integer("attention.head_count")
     head_dim = meta.integer("attention.key_length", hidden_size // num_heads or None)
-    if meta.integer("attention.value_length", head_dim) != head_dim:
-        raise UnsupportedModelError(f"values of {meta.integer('attention.value_length')} and keys of {head_dim} numbers.")
+    value_dim = meta.integer("attention.value_length", head_dim)
+    if value_dim != head_dim:
+        raise UnsupportedModelError(f"keys have {head_dim} numbers a head, values {value_dim}; both must be equal.")
     config = {
         "architectures": [class_name],
         "model_type": model_type,
@@ -176,7 +183,7 @@ def _gemma3(meta: Metadata, config: dict) -> dict:
     return _gemma(meta, config, period=6, window=None, mean_head_scale=heads_scale) | {
         "rope_local_base_freq": meta.number("rope.freq_base_swa", 1e4),
         "attn_logit_softcapping": None,
-        "final_logit_softcapping": meta.number("final_logit_softcapping") if meta.get("final_logit_softcapping") else None,
+        "final_logit_softcapping": meta.optional_number("final_logit_softcapping"),
     }
 
 
@@ -267,7 +274,7 @@ def rope_factors_config(header: GGUFHeader, config: dict, factors: dict[str, np.
     short = factors.get("rope_factors_short.weight", same)
     long = factors.get("rope_factors_long.weight", same)
     if short is None or long is None or (same is not None and len(factors) > 1):
-        raise ModelFormatError(f"the file has {', '.join(factors)}: one set for all lengths, or short and long, is needed.")
+        raise ModelFormatError(f"the file has {', '.join(factors)}; it must be one set, or one short and one long.")
     scaling = {
         "rope_type": "longrope",
         "short_factor": short.ravel().tolist(),

@@ -105,7 +105,8 @@ class _HeaderReader:
             if version.to_bytes(4, "little")[::-1] in [v.to_bytes(4, "little") for v in VERSIONS]:
                 raise UnsupportedModelError(f"{self.path} is a big-endian GGUF file; convert it to little-endian.")
             raise UnsupportedModelError(f"{self.path} is GGUF version {version}; versions 2 and 3 are supported.")
-        return version, self._count("tensors", MAX_TENSORS, 24), self._count("metadata entries", MAX_METADATA_ENTRIES, 13)
+        num_tensors = self._count("tensors", MAX_TENSORS, 24)
+        return version, num_tensors, self._count("metadata entries", MAX_METADATA_ENTRIES, 13)
 
     def _metadata(self, num_entries: int) -> dict[str, object]:
         metadata: dict[str, object] = {}
@@ -219,7 +220,8 @@ class _HeaderReader:
 
     def _bytes(self, length: int) -> bytes:
         if length > self.left:
-            raise self._bad(f"{length} bytes are needed at byte {self.size - self.left} of {self.size}; it is truncated")
+            at = self.size - self.left
+            raise self._bad(f"{length} bytes are needed at byte {at} of {self.size}; the file is truncated")
         self.left -= length
         data = self.file.read(length)
         if len(data) != length:

@@ -72,6 +72,7 @@ LAYER_TENSORS_OF = {
     "Phi3ForCausalLM": PHI3_LAYER_TENSORS,
     "GPT2LMHeadModel": GPT2_LAYER_TENSORS,
 }
+INTERLEAVED = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM")
 # Not weights: what they say is in the configuration.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _NAME = re.compile(r"(?:blk\.(\d{1,5})\.)?(\w+)(?:\.(\d{1,5}))?\.(weight|bias)")
@@ -133,10 +134,10 @@ def _views(info: TensorInfo, config: dict) -> Iterator[tuple[str, TensorView]]:
         yield name.format(int(expert)), TensorView(info, info.shape)
     elif "{}" in name:
         yield from _experts(name, info)
-    elif kind in ("attn_q", "attn_k") and architecture in ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"):
+    elif kind in ("attn_q", "attn_k") and architecture in INTERLEAVED:
         heads = config["num_attention_heads" if kind == "attn_q" else "num_key_value_heads"]
         if info.shape[0] % (2 * heads):
-            raise ModelFormatError(f"tensor {info.name!r} has {info.shape[0]} rows, not an even number for {heads} heads.")
+            raise ModelFormatError(f"tensor {info.name!r} has {info.shape[0]} rows, not pairs for {heads} heads.")
         yield name, TensorView(info, info.shape, interleaved_heads=heads)
     elif kind.endswith("norm") and architecture in ("Gemma2ForCausalLM", "Gemma3ForCausalLM"):
         yield name, TensorView(info, info.shape, shift=-1.0)

@@ -29,6 +29,15 @@ _LETTERS_AND_DIGITS = (
 )
 _LLAMA3_PATTERN = _LETTERS_AND_DIGITS % "{1,3}"
 _QWEN2_PATTERN = _LETTERS_AND_DIGITS % ""
+# Words are also split where lower case is followed by upper case.
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s|"
+    r"\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O_PATTERN = _CASED % (_CONTRACTION, _CONTRACTION, "{1,3}")
+_TEKKEN_PATTERN = _CASED % ("", "", "")
 
 
 def _split_by(pattern: str) -> pre_tokenizers.PreTokenizer:
@@ -62,11 +71,12 @@ PRE_TOKENIZERS = {
     "smaug-bpe": lambda: _split_by(_LLAMA3_PATTERN),
     "qwen2": lambda: _split_by(_QWEN2_PATTERN),
     "deepseek-r1-qwen": lambda: _split_by(_QWEN2_PATTERN),
-    "megrez": lambda: _split_by(_QWEN2_PATTERN),
+    "gpt-4o": lambda: _split_by(_GPT4O_PATTERN),
+    "tekken": lambda: _split_by(_TEKKEN_PATTERN),
 }
-# A word that is a token as a whole is not built up by merges; a text begins with BOS.
-LLAMA3_LIKE = ("llama-bpe", "llama3", "llama-v3")
-NFC = ("qwen2", "deepseek-r1-qwen", "megrez")
+BEGIN_WITH_BOS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # unless add_bos_token says otherwise
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word that is a token needs no merges
+NFC = ("qwen2", "deepseek-r1-qwen")
 
 
 class GGUFVocabulary:
@@ -85,7 +95,7 @@ class GGUFVocabulary:
                 "'llama' (SentencePiece)."
             )
         self.pre = self._get("pre", str, "default") if self.model == "gpt2" else ""
-        # Files made before pre-tokenizers were named say nothing; llama.cpp took GPT-2's for them.
+        # Files made before pre-tokenizers were named say nothing. GPT-2's is taken, as transformers does.
         self.pre = "gpt-2" if self.pre == "default" else self.pre
         if self.model == "gpt2" and self.pre not in PRE_TOKENIZERS:
             raise UnsupportedModelError(
@@ -123,7 +133,7 @@ class GGUFVocabulary:
         merges = [tuple(merge.split(" ", 1)) for merge in self._strings("merges")]
         if any(len(merge) != 2 for merge in merges):
             raise TokenizerError("an entry of tokenizer.ggml.merges is not two tokens with a space between them.")
-        tokenizer = Tokenizer(BPE(self._vocab(), merges, ignore_merges=self.pre in LLAMA3_LIKE))
+        tokenizer = Tokenizer(BPE(self._vocab(), merges, ignore_merges=self.pre in WHOLE_WORDS))
         if self.pre in NFC:
             tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = PRE_TOKENIZERS[self.pre]()
@@ -160,16 +170,19 @@ class GGUFVocabulary:
         scores = self._numbers("scores", "f")
         if not np.isfinite(scores).all():
             raise TokenizerError("tokenizer.ggml.scores holds NaN or infinite values.")
-        types = self.types
-        merges = []
-        for piece, id_ in vocab.items():
-            if types[id_] != NORMAL or len(piece) < 2:
-                continue
-            splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-            known = [(vocab[a], vocab[b], a, b) for a, b in splits if a in vocab and b in vocab]
-            merges.extend((-scores[id_], *split) for split in sorted(known))
-        merges.sort(key=lambda merge: merge[0])
-        return [(a, b) for _, _, _, a, b in merges]
+        tokens, merges = self.tokens, []
+        best_first = np.argsort(-scores, kind="stable")
+        for id_ in best_first[self.types[best_first] == NORMAL].tolist():
+            piece, splits = tokens[id_], []
+            for i in range(1, len(piece)):  # the innermost of millions of steps
+                left = vocab.get(piece[:i])
+                if left is not None:
+                    right = vocab.get(piece[i:])
+                    if right is not None:
+                        splits.append((left, right))
+            splits.sort()
+            merges += [(tokens[left], tokens[right]) for left, right in splits]
+        return merges
 
     def _vocab(self) -> dict[str, int]:
         vocab = {token: id_ for id_, token in enumerate(self.tokens)}
@@ -179,18 +192,23 @@ class GGUFVocabulary:
         return vocab
 
     def _added(self, special: bool) -> list[AddedToken]:
-        """Tokens that are found in text before anything else: control tokens, and those "user defined"."""
+        """Tokens that are found in text before anything else: control tokens, and those "user defined".
+
+        SentencePiece looks for the latter in normalised text, where "▁" is a space. Where the
+        normaliser also puts a space in front, it cannot be applied to tokens.
+        """
         wanted = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
+        normalized = not special and self.model == "llama" and not self._flag("add_space_prefix", True)
         return [
-            AddedToken(token, special=special, normalized=False)
-            for token, type_ in zip(self.tokens, self.types.tolist())
+            AddedToken(token, special=special, normalized=normalized)
+            for token, type_ in zip(self.tokens, self.types.tolist(), strict=True)
             if type_ in wanted and token
         ]
 
     def _add_bos_and_eos(self, tokenizer: Tokenizer) -> None:
         bos = self.bos_token_id
         eos = self._special_id("eos_token_id")
-        if not self._flag("add_bos_token", self.model == "llama" or self.pre in LLAMA3_LIKE):
+        if not self._flag("add_bos_token", self.model == "llama" or self.pre in BEGIN_WITH_BOS):
             bos = None
         if not self._flag("add_eos_token", False):
             eos = None
