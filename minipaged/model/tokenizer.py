@@ -272,7 +272,9 @@ def _add_special_tokens(backend: tokenizers.Tokenizer, settings: dict, path: Pat
                 f"but tokenizer.json gives it id {backend.token_to_id(content)}."
             )
     marked = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    for content in special_tokens(settings).values():
+    additional = settings.get("additional_special_tokens") or []
+    named = [*special_tokens(settings).values(), *(token for token in additional if isinstance(token, str))]
+    for content in named:
         if content not in marked and backend.token_to_id(content) is not None:
             backend.add_special_tokens([tokenizers.AddedToken(content, special=True, normalized=False)])
 

@@ -228,6 +228,9 @@ def test_eos_ids_come_from_generation_config_then_config_and_the_tokenizer(tmp_p
 def test_special_tokens_that_only_the_config_declares_are_special(tmp_path):
     vocab = {"<s>": 0, "a": 1, "<turn>": 2}
     Backend(models.WordLevel(vocab, "a")).save(str(tmp_path / "tokenizer.json"))
+    config = {"bos_token": "<s>", "additional_special_tokens": ["<turn>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_directory(tmp_path).special_token_ids == {0, 2}
     config = {"bos_token": "<s>", "added_tokens_decoder": {"2": {"content": "<turn>", "special": True}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = Tokenizer.from_directory(tmp_path)
