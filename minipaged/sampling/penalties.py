@@ -24,7 +24,7 @@ class Penalties(LogitsProcessor):
         known = np.unique(np.asarray(prompt_token_ids, dtype=np.int64)) if self._repetition != 1 else np.empty(0, int)
         self._size = len(known)
         self._slots = {token_id: slot for slot, token_id in enumerate(known.tolist())}
-        self._ids = np.resize(known, self._size + 64) if self._size else np.zeros(64, dtype=np.int64)
+        self._ids = np.concatenate([known, np.zeros(64, dtype=np.int64)])  # room for what will be generated
         self._counts = np.zeros(len(self._ids), dtype=np.float32)
         self._num_in_prompt = self._size  # the first slots are the prompt's
 

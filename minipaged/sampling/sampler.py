@@ -93,9 +93,8 @@ class Sampler:
         if not np.isfinite(largest):
             return SampledToken(-1, error=_why_not_finite(largest))
 
-        if state.params.greedy:
-            ids, weights, token_id = None, None, likeliest
-        else:
+        token_id = likeliest
+        if not state.params.greedy:
             ids, weights = candidates(row, largest, state.params)
             index = draw(weights, uniform)
             token_id = index if ids is None else int(ids[index])

@@ -33,6 +33,8 @@ def chi_square_limit(degrees: int) -> float:
         ([0.0, 0.0, 1.0, 0.0], ALMOST_ONE, 2),
         ([5e-324, 0.0], ALMOST_ONE, 0),  # the target rounds up to the total
         ([3.0], 0.7, 0),
+        ([1.0] * 512, 0.5, 256),  # also where chunks of the sum meet
+        ([1.0] * 256 + [0.0] * 300 + [1.0] * 256, 0.5, 556),
     ],
 )
 def test_boundaries(weights, u, expected):
