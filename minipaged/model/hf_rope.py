@@ -19,6 +19,7 @@ SCALINGS = {
     "longrope": "longrope",
     "su": "longrope",  # Phi-3's first name for it
 }
+MAX_POSITIONS = 2**22  # tables of rope are computed for all of them
 _TRAINED_LENGTH = "original_max_position_embeddings"
 _COMMON_KEYS = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
 _NOTES = {"finetuned"}  # written by some authors, read by nobody
@@ -75,11 +76,17 @@ def longest_sequence(rope: RopeConfig, max_positions: int) -> int:
     max_position_embeddings to the expected new maximum", says Hugging Face); ``yarn`` names it
     apart; the others have the final length already.
     """
+    length = max_positions
     if rope.scaling in ("linear", "dynamic"):
-        return int(max_positions * rope.parameters["factor"])
-    if rope.scaling == "yarn":
-        return max(max_positions, int(rope.parameters[_TRAINED_LENGTH] * rope.parameters["factor"]))
-    return max_positions
+        length = int(max_positions * rope.parameters["factor"])
+    elif rope.scaling == "yarn":
+        length = max(max_positions, int(rope.parameters[_TRAINED_LENGTH] * rope.parameters["factor"]))
+    if length > MAX_POSITIONS:
+        raise ModelFormatError(
+            f"config.json: {rope.scaling} rope by a factor of {rope.parameters['factor']:g} gives sequences of "
+            f"{length} tokens; the limit is {MAX_POSITIONS}."
+        )
+    return length
 
 
 def _same(config: ConfigReader, outer_key: str, section: ConfigReader, key: str) -> None:

@@ -20,6 +20,7 @@ from minipaged.model.weights import ModelWeights, TensorSource
 # Buffers that old versions of transformers stored beside the weights; computed from the configuration.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
 _SHOWN = 5  # problems named in one error
+_ENOUGH = 1000  # problems after which no more are looked for
 
 
 def read_weights(
@@ -107,6 +108,8 @@ class TensorReader:
             self.missing.append(name)
         elif tuple(self.source.shape(name)) != shape:
             self.misshaped.append(f"{name} has {tuple(self.source.shape(name))}, needed {shape}")
+        if len(self.missing) + len(self.misshaped) >= _ENOUGH:
+            self.refuse_problems(None)
 
     def refuse_problems(self, ignored: re.Pattern | None) -> None:
         """Raise for what the dry run found: tensors missing, of another shape, or left over."""

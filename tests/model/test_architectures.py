@@ -138,6 +138,19 @@ def test_a_missing_architectures_is_found_by_model_type():
         config_from_hf({"model_type": "bert"})
 
 
+def test_layer_types_that_only_repeat_the_rest_are_read():
+    for name, kind in (
+        ("Llama-2-7b", "full"),
+        ("Mistral-7B-v0.1", "sliding"),
+        ("Mistral-7B-v0.3", "full"),
+        ("Phi-3-mini-4k-instruct", "sliding"),
+        ("Mixtral-8x7B-v0.1", "full"),
+        ("Qwen3-30B-A3B", "full"),
+    ):
+        types = [f"{kind}_attention"] * PUBLISHED[name]["num_hidden_layers"]
+        assert read(name, layer_types=types) == read(name)
+
+
 def test_scaled_models_take_the_length_they_are_scaled_to():
     def longest(**scaling):
         return read("TinyLlama-1.1B-Chat-v1.0", rope_scaling=scaling).max_position_embeddings
@@ -181,6 +194,9 @@ def test_scaled_models_take_the_length_they_are_scaled_to():
             dict(rope_scaling={**PUBLISHED["Llama-3.2-1B"]["rope_scaling"], "high_freq_factor": 1.0}),
             "1.0",
         ),
+        ("Llama-2-7b", dict(max_position_embeddings=2**31), "max_position_embeddings"),
+        ("Llama-2-7b", dict(rope_scaling={"type": "linear", "factor": 5000.0}), "20480000 tokens"),
+        ("Llama-2-7b", dict(layer_types=["sliding_attention"] * 32), "no sliding_window"),
         ("Qwen3-0.6B", dict(layer_types=["full_attention"] * 27), "28.*27"),
         ("Qwen3-0.6B", dict(layer_types=["sliding_attention"] * 28), "no sliding_window"),
         ("Qwen3-0.6B", dict(layer_types=["linear_attention"] * 28), "layer_types"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tracemalloc
 from pathlib import Path
@@ -203,6 +204,14 @@ def test_a_lying_file_costs_no_memory():
             load_weights(config, source)
 
     assert peak_of(load) < 1_000_000
+
+
+def test_a_config_of_many_experts_is_refused_at_once():
+    """4096 layers of 4096 experts would be 50 million tensors to miss."""
+    config, tensors = fixture("mixtral_top2")
+    layers = (config.layers[0],) * 4096
+    config = dataclasses.replace(config, num_layers=4096, layers=layers, num_experts=4096)
+    refused(config, tensors, "^1000 tensors are missing")
 
 
 def test_sizes_at_their_limits_do_not_overflow():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from minipaged.errors import ModelFormatError, UnsupportedModelError
 from minipaged.model.config import LayerConfig, ModelConfig
 from minipaged.model.hf_config import ConfigReader
-from minipaged.model.hf_rope import longest_sequence, read_rope
+from minipaged.model.hf_rope import MAX_POSITIONS, longest_sequence, read_rope
 from minipaged.model.tensor_reader import TensorReader
 from minipaged.model.weights import LayerWeights, Linear, ModelWeights, Norm
 
@@ -52,7 +52,7 @@ def sizes(config: ConfigReader, head_dim: int | None = None) -> dict:
 
 
 def max_positions(config: ConfigReader, default: int) -> int:
-    return config.integer("max_position_embeddings", default, high=2**31)
+    return config.integer("max_position_embeddings", default, high=MAX_POSITIONS)
 
 
 def end_of_text(config: ConfigReader) -> dict:
@@ -64,7 +64,7 @@ def end_of_text(config: ConfigReader) -> dict:
 def build(
     config: ConfigReader,
     positions: int,
-    windows: list[int | None] | None = None,
+    windows: list[int | None],
     moe: list[bool] | None = None,
     head_dim: int | None = None,
     theta: float = 10000.0,
@@ -91,8 +91,7 @@ def build(
         **dims,
         max_position_embeddings=longest_sequence(rope, positions),
         layers=tuple(
-            LayerConfig(window, rope, is_moe)
-            for window, is_moe in zip(windows or [None] * layers, moe or [False] * layers, strict=True)
+            LayerConfig(window, rope, is_moe) for window, is_moe in zip(windows, moe or [False] * layers, strict=True)
         ),
         norm_eps=config.number("rms_norm_eps", 1e-6),
         activation=config.choice("hidden_act", "silu", ACTIVATIONS),
@@ -105,6 +104,18 @@ def build(
 
 def num_layers(config: ConfigReader) -> int:
     return config.integer("num_hidden_layers", high=MAX_LAYERS)
+
+
+def same_window(config: ConfigReader, default: int | None) -> list[int | None]:
+    """The window of each layer where all have the same, ``sliding_window`` (``null``: none)."""
+    window = config.integer("sliding_window", default, high=2**31, optional=True)
+    layers = num_layers(config)
+    if config.get("layer_types") not in (None, ["full_attention" if window is None else "sliding_attention"] * layers):
+        raise UnsupportedModelError(
+            f"{config.where}: layer_types that differ between layers, or from sliding_window, are not implemented "
+            f"for {config.architecture}."
+        )
+    return [window] * layers
 
 
 def layer_types(config: ConfigReader, default: list[str], window: int | None) -> list[int | None]:

@@ -6,7 +6,6 @@ sliding window.
 
 from __future__ import annotations
 
-from minipaged.errors import UnsupportedModelError
 from minipaged.model.adapters import common
 from minipaged.model.config import ModelConfig
 from minipaged.model.hf_config import ConfigReader
@@ -14,18 +13,18 @@ from minipaged.model.hf_config import ConfigReader
 
 def llama(config: ConfigReader) -> ModelConfig:
     bias = config.boolean("attention_bias", False)
-    return common.build(config, positions=2048, qkv_bias=bias, o_bias=bias, mlp_bias=config.boolean("mlp_bias", False))
+    return common.build(
+        config,
+        positions=2048,
+        windows=common.layer_types(config, ["full_attention"] * common.num_layers(config), None),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=config.boolean("mlp_bias", False),
+    )
 
 
 def mistral(config: ConfigReader) -> ModelConfig:
-    layers = common.num_layers(config)
-    window = config.integer("sliding_window", 4096, high=2**31, optional=True)
-    everywhere = ["full_attention" if window is None else "sliding_attention"] * layers
-    if config.get("layer_types") not in (None, everywhere):
-        raise UnsupportedModelError(
-            f"{config.where}: layer_types that differ between layers are not implemented for MistralForCausalLM."
-        )
-    return common.build(config, positions=131072, windows=[window] * layers)
+    return common.build(config, positions=131072, windows=common.same_window(config, 4096))
 
 
 def qwen2(config: ConfigReader) -> ModelConfig:

@@ -21,14 +21,12 @@ EXPERT_NAMES = {
 
 
 def mixtral(config: ConfigReader) -> ModelConfig:
-    layers = common.num_layers(config)
-    window = config.integer("sliding_window", None, high=2**31, optional=True)
     return common.build(
         config,
         positions=131072,
         theta=1e6,
-        windows=[window] * layers,
-        moe=[True] * layers,
+        windows=common.same_window(config, None),
+        moe=[True] * common.num_layers(config),
         moe_intermediate_size=config.integer("intermediate_size"),
         norm_topk_prob=True,
         **_experts(config, "num_local_experts", 8, 2),
@@ -44,7 +42,7 @@ def qwen3_moe(config: ConfigReader) -> ModelConfig:
     return common.build(
         config,
         positions=32768,
-        windows=[_qwen3_moe_window(config)] * layers,
+        windows=_qwen3_moe_windows(config),
         moe=_sparse_layers(config, layers),
         qk_norm=True,
         qkv_bias=bias,
@@ -67,17 +65,16 @@ def _experts(config: ConfigReader, key: str, count: int, per_token: int) -> dict
     return {"num_experts": count, "num_experts_per_tok": per_token}
 
 
-def _qwen3_moe_window(config: ConfigReader) -> int | None:
-    """The sliding window, which all layers share."""
-    window = config.integer("sliding_window", 4096, high=2**31, optional=True)
+def _qwen3_moe_windows(config: ConfigReader) -> list[int | None]:
     if not config.boolean("use_sliding_window", False):
-        return None
+        config.get("sliding_window")  # has no meaning then
+        return common.layer_types(config, ["full_attention"] * common.num_layers(config), None)
     if config.get("max_window_layers", 0) != 0:
         raise UnsupportedModelError(
             f"{config.where}: max_window_layers is {config.get('max_window_layers')!r} with use_sliding_window; "
             "versions of transformers disagree on whether Qwen3-MoE heeds it. Only 0 or none is implemented."
         )
-    return window
+    return common.same_window(config, 4096)
 
 
 def _sparse_layers(config: ConfigReader, layers: int) -> list[bool]:

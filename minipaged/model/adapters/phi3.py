@@ -8,5 +8,4 @@ from minipaged.model.hf_config import ConfigReader
 
 
 def phi3(config: ConfigReader) -> ModelConfig:
-    window = config.integer("sliding_window", None, high=2**31, optional=True)
-    return common.build(config, positions=4096, windows=[window] * common.num_layers(config), partial_rope=True)
+    return common.build(config, positions=4096, windows=common.same_window(config, None), partial_rope=True)
