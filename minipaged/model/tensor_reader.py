@@ -119,10 +119,11 @@ class TensorReader:
             if not _BUFFERS.search(name) and not (ignored and ignored.search(name))
         ]
         for problems, what, remedy in (
-            (self.missing, "missing from the file", "Is a shard missing, or does config.json describe another model?"),
-            (self.misshaped, "of another shape than config.json asks for", "Do the two belong together?"),
-            (extra, "unknown to this architecture", "Leaving them out would change the result."),
+            (self.missing, "tensors missing from the file", "Is a shard missing? Is config.json another model's?"),
+            (self.misshaped, "tensors of another shape than config.json asks for", "Do the two belong together?"),
+            (extra, "tensors unknown to this architecture", "Leaving them out would change the result."),
         ):
             if problems:
-                shown = "; ".join(problems[:_SHOWN]) + (" ..." if len(problems) > _SHOWN else "")
-                raise ModelFormatError(f"{len(problems)} tensors are {what}: {shown}. {remedy}")
+                shown = "; ".join(problem[:160] for problem in problems[:_SHOWN])
+                more = ", and more" if len(problems) > _SHOWN else ""
+                raise ModelFormatError(f"{what} ({len(problems)}): {shown}{more}. {remedy}")

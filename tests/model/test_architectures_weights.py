@@ -120,7 +120,7 @@ def test_each_missing_tensor_is_reported_by_name(name):
                 load_weights(config, source)
             assert source.reads == []
     name = next(n for n in tensors if n.endswith("norm.weight") or n.endswith("ln_f.weight"))
-    refused(config, {k: v for k, v in tensors.items() if k != name}, f"missing from the file: {name}")
+    refused(config, {k: v for k, v in tensors.items() if k != name}, rf"missing from the file \(1\): {name}")
 
 
 def test_a_misshaped_tensor_is_reported_with_both_shapes():
@@ -140,7 +140,7 @@ def test_a_misshaped_tensor_is_reported_with_both_shapes():
 )
 def test_tensors_that_would_be_left_out_are_refused(extra):
     config, tensors = fixture("llama_gqa")
-    refused(config, {**tensors, extra: np.zeros(32, np.float16)}, f"unknown to this architecture: {extra}")
+    refused(config, {**tensors, extra: np.zeros(32, np.float16)}, rf"unknown to this architecture \(1\): {extra}")
 
 
 def test_buffers_of_old_files_are_ignored():
@@ -211,7 +211,7 @@ def test_a_config_of_many_experts_is_refused_at_once():
     config, tensors = fixture("mixtral_top2")
     layers = (config.layers[0],) * 4096
     config = dataclasses.replace(config, num_layers=4096, layers=layers, num_experts=4096)
-    refused(config, tensors, "^1000 tensors are missing")
+    refused(config, tensors, r"tensors missing from the file \(999\)")
 
 
 def test_sizes_at_their_limits_do_not_overflow():
