@@ -89,8 +89,14 @@ def _check_fits(engine: Engine, prompt_len: int, num_steps: int, batch_size: int
 
 
 def _max_tokens(engine: Engine, prompt_len: int, num_steps: int, batch_size: int) -> int:
-    prefill_steps = -(-batch_size * (prompt_len + 1) // engine.scheduler.config.max_num_batched_tokens)
-    return num_steps + 2 * prefill_steps + 1
+    """Enough tokens that the first sequence still decodes when the last has been timed.
+
+    While a prompt is left to compute, at most ``batch_size - 1`` sequences decode; the rest of each
+    step's tokens goes to prompts.
+    """
+    budget = engine.scheduler.config.max_num_batched_tokens - (batch_size - 1)
+    prefill_steps = -(-batch_size * prompt_len // budget)
+    return prefill_steps + num_steps + 1
 
 
 def _first_token(engine: Engine, prompt_len: int, rng: random.Random) -> float:
@@ -111,7 +117,7 @@ def _decode_step(engine: Engine, prompt_len: int, num_steps: int, batch_size: in
     ids = [engine.add_request(_prompt(engine, prompt_len, rng), params, stream=True) for _ in range(batch_size)]
     started: set[str] = set()
     while len(started) < batch_size:  # prompts
-        started.update(output.request_id for output in engine.step())
+        started.update(output.request_id for output in engine.step() if output.outputs[0].token_ids)
     times = []
     for _ in range(num_steps):
         before = time.perf_counter()

@@ -9,7 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile")
-PACKAGES = ("numpy", "numba", "tokenizers", "safetensors", "gguf", "jinja2", "tqdm", "cffi", "huggingface_hub")
+PACKAGES = (
+    "numpy", "numba", "tokenizers", "safetensors", "gguf", "jinja2", "tqdm", "cffi", "threadpoolctl", "huggingface_hub",
+)  # fmt: skip
 
 
 def cpu() -> dict:
@@ -84,18 +86,11 @@ def blas() -> dict:
 
 
 def blas_threads() -> int | None:
-    """Threads of the OpenBLAS library that is loaded in this process; ``None`` if it is another one."""
-    try:
-        mapped = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-    except OSError:
-        return None
-    for path in sorted(p for p in mapped if "openblas" in p):
-        library = ctypes.CDLL(path)
-        # NumPy's wheels prefix and suffix the symbol; distributions' own builds do not.
-        for name in ("scipy_openblas_get_num_threads64_", "openblas_get_num_threads64_", "openblas_get_num_threads"):
-            if hasattr(library, name):
-                return int(getattr(library, name)())
-    return None
+    """Threads of the BLAS that is loaded in this process; ``None`` if none is known."""
+    from threadpoolctl import threadpool_info
+
+    counts = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+    return max(counts, default=None)
 
 
 def cuda() -> dict:

@@ -47,8 +47,8 @@ def precision(engine: Engine) -> str:
 
 
 def num_threads(engine: Engine) -> int:
-    """Threads that compute: the option, else BLAS's own number, else the usable cores."""
-    return engine.config.num_threads or machine.blas_threads() or machine.cores()["usable"]
+    """Threads that compute: BLAS's, which follow the option ``num_threads``; else the usable cores."""
+    return machine.blas_threads() or machine.cores()["usable"]
 
 
 def context_text(found: dict) -> str:

@@ -106,22 +106,25 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         prompt = self.llm.chat_prompt(messages)
         params = sampling_params(self.llm, prompt, self.options)
-        output = None
+        output, stopped = None, False
         with contextlib.closing(self.llm.stream(prompt, params)) as outputs:
             try:
                 for output in outputs:
                     write(output.outputs[0].delta)
             except KeyboardInterrupt:
-                note("\n(stopped)")
+                stopped = True
         if output is None:
             return
         answer = output.outputs[0]
-        write("" if answer.text.endswith("\n") else "\n")
+        if stopped or not answer.text.endswith("\n"):
+            write("\n")
         if output.error:
             raise MinipagedError(output.error)
         self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         num_prompt = len(output.prompt_token_ids)
-        ending = f", cut at max_tokens={params.max_tokens}" if answer.finish_reason == "length" else ""
+        ending = ", stopped" if stopped else ""
+        if answer.finish_reason == "length":
+            ending = f", cut at max_tokens={params.max_tokens}"
         note(
             f"[{output.num_cached_tokens} of {num_prompt} prompt tokens from the cache, "
             f"{len(answer.token_ids)} generated{ending}]"

@@ -195,7 +195,7 @@ def test_ctrl_c_stops_the_answer_not_the_chat(capsys):
     for line in ("first", "second", "third"):
         assert conversation.handle(line) is False
     assert llm.closed == 3
-    assert "(stopped)" in capsys.readouterr().err
+    assert "1 generated, stopped]" in capsys.readouterr().err
     # What was shown of the stopped answer is part of the conversation.
     assert [m["content"] for m in llm.prompts[-1]] == ["first", "one two three", "second", "one two", "third"]
 
