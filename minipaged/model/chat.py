@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from minipaged.errors import InvalidParameterError, ModelFormatError, TokenizerError
-from minipaged.model.tokenizer import MAX_FILE_BYTES, read_object, special_tokens
+from minipaged.model.json_file import read_object
+from minipaged.model.tokenizer import MAX_FILE_BYTES, special_tokens
 
 TOOL_TEMPLATE = "tool_use"
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minipaged.errors import ModelFormatError, ModelNotFoundError
+from minipaged.errors import ModelNotFoundError
 from minipaged.model import catalog
 from minipaged.model.architectures import config_from_hf
 from minipaged.model.chat import ChatTemplate
 from minipaged.model.config import ModelConfig
+from minipaged.model.json_file import read_object
 from minipaged.model.tokenizer import Tokenizer
 from minipaged.model.weights import TensorSource
-
-MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass
@@ -45,8 +43,10 @@ def load_model(name: str, *, pull: bool = True) -> LoadedModel:
 def _load_directory(name: str, path: Path) -> LoadedModel:
     from minipaged.model.safetensors_file import SafetensorsSource
 
-    hf_config = read_json(path / "config.json")
-    generation_config = read_json(path / "generation_config.json", optional=True)
+    if not (path / "config.json").is_file():
+        raise ModelNotFoundError(f"{path} holds no config.json; a model directory needs one.")
+    hf_config = read_object(path / "config.json")
+    generation_config = read_object(path / "generation_config.json")
     config = config_from_hf({**hf_config, **_eos_override(generation_config)})
     tokenizer = Tokenizer.from_directory(path)
     return LoadedModel(
@@ -71,6 +71,7 @@ def _load_gguf(name: str, path: Path) -> LoadedModel:
         source=file,
         tokenizer=file.tokenizer(),
         chat_template=file.chat_template(),
+        generation_config=catalog.ENTRIES[name].generation_config if name in catalog.ENTRIES else {},
     )
 
 
@@ -78,21 +79,3 @@ def _eos_override(generation_config: dict) -> dict:
     """Generation stops where ``generation_config.json`` says, if it says anything."""
     eos = generation_config.get("eos_token_id")
     return {} if eos is None else {"eos_token_id": eos}
-
-
-def read_json(path: Path, *, optional: bool = False) -> dict:
-    """The object in a JSON file; ``{}`` if it does not exist and is ``optional``."""
-    if not path.is_file():
-        if optional:
-            return {}
-        raise ModelNotFoundError(f"{path.parent} holds no {path.name}; a model directory needs one.")
-    size = path.stat().st_size
-    if size > MAX_JSON_BYTES:
-        raise ModelFormatError(f"{path} has {size} bytes; the limit for a JSON file is {MAX_JSON_BYTES}.")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFormatError(f"{path} holds a {type(value).__name__}; it must be a JSON object.")
-    return value

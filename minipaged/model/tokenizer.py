@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
 
-from minipaged.errors import ModelFormatError, ModelNotFoundError, TokenizerError
+from minipaged.errors import ModelNotFoundError, TokenizerError
 from minipaged.model.detokenizer import (
     BYTE_TOKEN,
     IncrementalDetokenizer,
@@ -16,6 +15,7 @@ from minipaged.model.detokenizer import (
     check_token_id,
     decoder_kinds,
 )
+from minipaged.model.json_file import read_object
 
 __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
@@ -197,22 +197,6 @@ def load_backend(file: Path) -> tokenizers.Tokenizer:
         if type(error).__name__ != "PanicException":
             raise
         raise TokenizerError(f"{file} is not a valid tokenizer: {error}") from None
-
-
-def read_object(file: Path) -> dict:
-    """The JSON object in ``file``; ``{}`` if there is no such file."""
-    if not file.is_file():
-        return {}
-    size = file.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise ModelFormatError(f"{file} has {size} bytes; the limit is {MAX_FILE_BYTES}.")
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ModelFormatError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelFormatError(f"{file} holds a {type(value).__name__}; it must be a JSON object.")
-    return value
 
 
 def special_tokens(settings: Mapping) -> dict[str, str]:
