@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import mmap
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from minipaged.model.gguf_header import TensorInfo, read_header
 from minipaged.model.gguf_names import ROPE_TENSORS, TensorView, hf_tensors
 from minipaged.model.gguf_quants import dequantize
 from minipaged.model.gguf_tokenizer import GGUFVocabulary
-from minipaged.model.slabs import as_rows, fill, target_array
+from minipaged.model.slabs import as_rows, fill, map_file, target_array
 from minipaged.model.tokenizer import Tokenizer
 
 
@@ -103,8 +102,7 @@ class GGUFFile:
 
     @cached_property
     def _bytes(self) -> np.ndarray:
-        with open(self.path, "rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        return map_file(self.path, self._header.file_size)
 
     def _view(self, name: str) -> TensorView:
         try:

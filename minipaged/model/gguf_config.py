@@ -26,6 +26,12 @@ ARCHITECTURES = {
     "gpt2": ("GPT2LMHeadModel", "gpt2"),
 }
 
+# Features of other architectures; where one is switched on, leaving it out would change the result.
+UNSUPPORTED = (
+    "attention.clamp_kqv", "attention.max_alibi_bias", "attention.scale", "embedding_scale", "expert_shared_count",
+    "leading_dense_block_count", "logit_scale", "nextn_predict_layers", "residual_scale", "use_parallel_residual",
+)  # fmt: skip
+
 
 class Metadata:
     """Typed access to metadata; keys are given without the architecture they begin with."""
@@ -90,6 +96,9 @@ def hf_config(header: GGUFHeader) -> dict:
         raise UnsupportedModelError(
             "the model is split over several GGUF files; join them with `llama-gguf-split --merge`."
         )
+    for key in UNSUPPORTED:
+        if meta.get(key):
+            raise UnsupportedModelError(f"metadata {meta.architecture}.{key} is {_show(meta.get(key))}; not supported.")
     if meta.architecture == "gpt2":
         return _gpt2(meta)
     class_name, model_type = ARCHITECTURES[meta.architecture]
@@ -191,6 +200,7 @@ def _gemma(meta: Metadata, config: dict, period: int, window: int | None, mean_h
     layers = range(1, config["num_hidden_layers"] + 1)
     mean_head_dim = config["hidden_size"] // config["num_attention_heads"]
     return {
+        "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": mean_head_dim if mean_head_scale else config["head_dim"],
         "sliding_window": meta.integer("attention.sliding_window", window),
@@ -240,11 +250,11 @@ def _rope_scaling(meta: Metadata) -> dict | None:
         return {"rope_type": "linear", "factor": meta.number("rope.scale_linear")}
     if kind in ("none", "longrope"):
         return None
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedModelError(f"rope scaling of type {kind!r} is not supported.")
     factor = meta.number("rope.scaling.factor")
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
-    if kind != "yarn":
-        raise UnsupportedModelError(f"rope scaling of type {kind!r} is not supported.")
     scaling = {
         "rope_type": "yarn",
         "factor": factor,

@@ -25,10 +25,10 @@ from minipaged.model.gguf_quants import TYPES, TensorType
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_METADATA_ENTRIES = 1 << 14
-MAX_TENSORS = 1 << 17
+MAX_TENSORS = 1 << 15
 MAX_KEY_BYTES = 1 << 16
 MAX_STRING_BYTES = 1 << 24
-MAX_ARRAY_ELEMENTS = 1 << 22  # of all arrays together
+MAX_STRINGS = 1 << 20  # in all arrays together; each costs some 60 bytes more than in the file
 MAX_TENSOR_NAME_BYTES = 256
 MAX_DIMENSIONS = 4
 MAX_ELEMENTS = 1 << 40
@@ -41,7 +41,7 @@ SCALARS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor lies: row-major ``shape``, ``offset`` and ``nbytes`` in bytes of the file."""
 
@@ -56,9 +56,9 @@ class TensorInfo:
 class GGUFHeader:
     """Metadata values are ``int``, ``float``, ``bool``, ``str``, ``list[str]`` or NumPy arrays."""
 
-    version: int
     metadata: dict[str, object]
     tensors: dict[str, TensorInfo]
+    file_size: int
 
 
 def read_header(path: Path) -> GGUFHeader:
@@ -85,28 +85,28 @@ class _HeaderReader:
         self.path = path
         self.size = size
         self.left = size
-        self.elements_left = MAX_ARRAY_ELEMENTS
+        self.strings_left = MAX_STRINGS
 
     def read(self) -> GGUFHeader:
-        version, num_tensors, num_entries = self._preamble()
+        num_tensors, num_entries = self._preamble()
         metadata = self._metadata(num_entries)
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 0 < alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
             raise self._bad(f"general.alignment is {alignment!r}; it must be a power of two up to {MAX_ALIGNMENT}")
         records = self._tensor_records(num_tensors)
         data_start = _round_up(self.size - self.left, alignment)
-        return GGUFHeader(version, metadata, self._place(records, data_start, alignment))
+        return GGUFHeader(metadata, self._place(records, data_start, alignment), self.size)
 
-    def _preamble(self) -> tuple[int, int, int]:
+    def _preamble(self) -> tuple[int, int]:
         if self._bytes(4) != MAGIC:
             raise self._bad("the file does not begin with the letters GGUF, so it is no GGUF file")
         version = self._number("<I")
         if version not in VERSIONS:
-            if version.to_bytes(4, "little")[::-1] in [v.to_bytes(4, "little") for v in VERSIONS]:
+            if int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS:
                 raise UnsupportedModelError(f"{self.path} is a big-endian GGUF file; convert it to little-endian.")
             raise UnsupportedModelError(f"{self.path} is GGUF version {version}; versions 2 and 3 are supported.")
         num_tensors = self._count("tensors", MAX_TENSORS, 24)
-        return version, num_tensors, self._count("metadata entries", MAX_METADATA_ENTRIES, 13)
+        return num_tensors, self._count("metadata entries", MAX_METADATA_ENTRIES, 13)
 
     def _metadata(self, num_entries: int) -> dict[str, object]:
         metadata: dict[str, object] = {}
@@ -134,11 +134,12 @@ class _HeaderReader:
             raise UnsupportedModelError(f"{self.path}: {key} is an array of arrays, which is not supported.")
         if kind != STRING and kind not in SCALARS:
             raise self._bad(f"{key} is an array of type {kind}, which does not exist")
-        itemsize = 8 if kind == STRING else np.dtype(SCALARS[kind]).itemsize
-        count = self._count(f"elements in {key}", self.elements_left, itemsize)
-        self.elements_left -= count
         if kind == STRING:
+            count = self._count(f"strings in {key}", self.strings_left, 8)
+            self.strings_left -= count
             return [self._string(key, MAX_STRING_BYTES) for _ in range(count)]
+        itemsize = np.dtype(SCALARS[kind]).itemsize
+        count = self._count(f"elements in {key}", None, itemsize)
         values = np.frombuffer(self._bytes(count * itemsize), SCALARS[kind])
         if kind == BOOL:
             if values.size and values.max() > 1:
@@ -197,10 +198,10 @@ class _HeaderReader:
             places[name] = TensorInfo(name, shape, type_, data_start + offset, nbytes)
         return places
 
-    def _count(self, what: str, limit: int, min_bytes: int) -> int:
+    def _count(self, what: str, limit: int | None, min_bytes: int) -> int:
         """A 64-bit count of things that take at least ``min_bytes`` each."""
         count = self._number("<Q")
-        if count > limit:
+        if limit is not None and count > limit:
             raise self._bad(f"the number of {what} is {count}; the limit is {limit}")
         if count * min_bytes > self.left:
             raise self._bad(f"the number of {what} is {count}, too many for the {self.left} bytes that follow")

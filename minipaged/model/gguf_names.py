@@ -73,12 +73,13 @@ LAYER_TENSORS_OF = {
     "GPT2LMHeadModel": GPT2_LAYER_TENSORS,
 }
 INTERLEAVED = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM")
+MAX_TENSORS = 1 << 17  # a stacked tensor counts once for each expert
 # Not weights: what they say is in the configuration.
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _NAME = re.compile(r"(?:blk\.(\d{1,5})\.)?(\w+)(?:\.(\d{1,5}))?\.(weight|bias)")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorView:
     """A Hugging Face tensor inside a GGUF tensor.
 
@@ -111,6 +112,8 @@ def hf_tensors(header: GGUFHeader, config: dict) -> dict[str, TensorView]:
             for name, view in _views(info, config):
                 if name in found:
                     raise ModelFormatError(f"tensor {info.name!r}: {name} is also in {found[name].info.name!r}.")
+                if len(found) == MAX_TENSORS:
+                    raise ModelFormatError(f"the file has more than {MAX_TENSORS} tensors, experts counted apart.")
                 found[name] = view
     return found
 

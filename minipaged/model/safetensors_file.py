@@ -8,7 +8,6 @@ https://github.com/huggingface/safetensors for the format; its rules are enforce
 from __future__ import annotations
 
 import json
-import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,11 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from minipaged.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
-from minipaged.model.slabs import as_rows, fill, target_array
+from minipaged.model.slabs import as_rows, fill, map_file, target_array
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 1 << 24
+MAX_JSON_ITEMS = 1 << 19  # about eight for a tensor; each costs some 60 bytes of memory
 MAX_SHARDS = 4096
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 1 << 40
@@ -84,7 +84,7 @@ class SafetensorsSource:
             raise ModelFormatError(f"the checkpoint has no tensor {name!r}.") from None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Where a tensor lies: ``start`` and ``end`` in bytes of the file."""
 
@@ -108,11 +108,10 @@ class SafetensorsFile:
 
     @cached_property
     def bytes(self) -> np.ndarray:
-        with open(self.path, "rb") as file:
-            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        return map_file(self.path, self.size)
 
     def _read_header(self) -> dict[str, TensorInfo]:
-        size = self.path.stat().st_size
+        self.size = size = self.path.stat().st_size
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > size - 8:
@@ -177,18 +176,21 @@ def _open_shards(directory: Path) -> dict[str, tuple[SafetensorsFile, TensorInfo
         if Path(shard).name != shard or "\\" in shard or "\0" in shard or not shard.endswith(".safetensors"):
             raise ModelFormatError(f"{index}: {shard!r} is not the name of a safetensors file in the same directory.")
         if not (directory / shard).is_file():
-            raise ModelFormatError(f"{index} names {shard}, which is missing; download the model again.")
+            raise ModelFormatError(f"{index} names {shard!r}, which is missing; download the model again.")
     files = {shard: SafetensorsFile(directory / shard) for shard in shards}
     tensors = {}
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:
-            raise ModelFormatError(f"{index} says that {shard} holds tensor {name!r}, but it does not.")
+            raise ModelFormatError(f"{index} says that {shard!r} holds tensor {name!r}, but it does not.")
         tensors[name] = (files[shard], files[shard].tensors[name])
     return tensors
 
 
 def _parse_object(data: bytes, path: Path) -> dict:
     """A JSON object without duplicate keys, at any depth."""
+    items = sum(data.count(mark) for mark in (b",", b"[", b"{"))
+    if items > MAX_JSON_ITEMS:
+        raise ModelFormatError(f"{path}: the JSON has about {items} values; the limit is {MAX_JSON_ITEMS}.")
 
     def unique(pairs: list[tuple[str, object]]) -> dict:
         found = dict(pairs)
@@ -197,7 +199,7 @@ def _parse_object(data: bytes, path: Path) -> dict:
         return found
 
     try:
-        value = json.loads(data, object_pairs_hook=unique)
+        value = json.loads(data.decode(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ModelFormatError(f"{path} holds no valid JSON header: {error}") from None
     if not isinstance(value, dict):

@@ -1,15 +1,26 @@
-"""Filling a float32 array from a file in slabs, so that no second copy of a tensor is ever in memory."""
+"""Filling a float32 array from a mapped file in slabs, so that no second copy of a tensor is in memory."""
 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from minipaged.errors import ModelFormatError
 
 SLAB_ELEMENTS = 1 << 18  # one mebibyte of float32 stays in the cache from decoding to check to copy
+
+
+def map_file(path: Path, size: int) -> np.ndarray:
+    """The bytes of a file whose header was checked when it had ``size`` bytes."""
+    with open(path, "rb") as file:
+        data = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+    if data.size != size:
+        raise ModelFormatError(f"{path} had {size} bytes and now has {data.size}; it was changed while it was open.")
+    return data
 
 
 def target_array(name: str, shape: tuple[int, ...], out: np.ndarray | None) -> np.ndarray:
