@@ -1,0 +1,193 @@
+"""Packed weights: the memory layouts that the products read, and how float32 rows become them.
+
+A weight ``[N, K]`` is cut into panels of 48 rows; inside a panel, k comes first, so that one step of
+the product reads 48 neighbouring values. N is padded with zero rows to whole panels, K with zeros::
+
+    float32   [N/48][K   ][48]            4 bytes an element
+    bfloat16  [N/48][K/2 ][48][2]         2 bytes; a pair of k is one 32-bit word
+    int8      [N/48][K/4 ][48][4]         1 byte;  a quad of k is one 32-bit word
+              scale [N] float32           weight = scale * q, q in -127..127
+              aux   [N] int32             -128 * sum of q (AVX-512's dot takes x + 128)
+    int4      [N/48][K/8 ][48][4]         half a byte; byte j of the word for k..k+7 holds
+              scale [N/48][K/32][48] f16      k+j in its low nibble and k+4+j in its high one
+                                          weight = scale * (q - 8), q in 0..15, a scale for 32 k
+
+The layout is the same at every level, so a packed file serves any CPU. Arrays start at a multiple of
+64 bytes (a cache line). Packing streams: rows arrive in slabs of any size, and no float copy is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minipaged.errors import ConfigError
+
+from .products import FORMATS
+
+PANEL = 48
+GROUP = 32  # k that share a scale in int4
+ALIGNMENT = 64
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def padded_rows(num_rows: int) -> int:
+    """Columns that a product writes for a weight of ``num_rows`` rows."""
+    return round_up(num_rows, PANEL)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One weight ``[num_rows, num_columns]`` in the layout of ``format``.
+
+    ``data``, ``scale`` and ``aux`` are arrays as drawn above; formats without scales have empty ones.
+    """
+
+    format: str
+    num_rows: int
+    num_columns: int
+    data: np.ndarray
+    scale: np.ndarray
+    aux: np.ndarray
+
+    @property
+    def num_panels(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def addresses(self) -> tuple[int, int, int]:
+        """``w, w_scale, w_aux`` for ``call_product``; valid while this object lives."""
+        return self.data.ctypes.data, self.scale.ctypes.data, self.aux.ctypes.data
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + self.scale.nbytes + self.aux.nbytes
+
+
+def array_shapes(format: str, num_rows: int, num_columns: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype of ``data``, ``scale`` and ``aux`` (also what a packed file must hold).
+
+    Raises:
+        ConfigError: no such format.
+    """
+    panels = padded_rows(num_rows) // PANEL
+    none = ((0,), np.dtype(np.uint8))
+    if format == "float32":
+        data = ((panels, num_columns, PANEL), np.dtype(np.float32))
+        return {"data": data, "scale": none, "aux": none}
+    if format == "bfloat16":
+        data = ((panels, round_up(num_columns, 2) // 2, PANEL, 2), np.dtype(np.uint16))
+        return {"data": data, "scale": none, "aux": none}
+    if format == "int8":
+        data = ((panels, round_up(num_columns, 4) // 4, PANEL, 4), np.dtype(np.int8))
+        per_row = (panels, PANEL)
+        return {"data": data, "scale": (per_row, np.dtype(np.float32)), "aux": (per_row, np.dtype(np.int32))}
+    if format == "int4":
+        groups = round_up(num_columns, GROUP) // GROUP
+        data = ((panels, groups * (GROUP // 8), PANEL, 4), np.dtype(np.uint8))
+        return {"data": data, "scale": ((panels, groups, PANEL), np.dtype(np.float16)), "aux": none}
+    raise ConfigError(f"no weight format {format!r}; the CPU backend has {', '.join(FORMATS)}.")
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros that start at a cache line; the system gives the pages only when they are written."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    buffer = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def allocate(format: str, num_rows: int, num_columns: int) -> PackedWeight:
+    """A packed weight of zeros, to be filled by :func:`pack_rows`."""
+    arrays = {
+        name: aligned_zeros(shape, dtype) for name, (shape, dtype) in array_shapes(format, num_rows, num_columns).items()
+    }
+    if format == "int4":
+        arrays["data"].fill(0x88)  # q = 8 stands for zero
+    return PackedWeight(format, num_rows, num_columns, **arrays)
+
+
+def pack(format: str, weight: np.ndarray) -> PackedWeight:
+    """Pack a whole float32 ``weight [N, K]``."""
+    packed = allocate(format, *weight.shape)
+    pack_rows(packed, weight, 0)
+    return packed
+
+
+def pack_rows(packed: PackedWeight, rows: np.ndarray, first_row: int) -> None:
+    """Convert and place float32 ``rows [n, K]`` as rows ``first_row ...`` of ``packed``.
+
+    Slabs may come in any order and size; each row must be packed once. Working memory is one panel.
+    """
+    row = first_row
+    last = first_row + len(rows)
+    while row < last:
+        panel, lane = divmod(row, PANEL)
+        count = min(PANEL - lane, last - row)
+        values = np.asarray(rows[row - first_row : row - first_row + count], np.float32)
+        _PLACE[packed.format](packed, values, panel, slice(lane, lane + count))
+        row += count
+
+
+def _place_float32(packed: PackedWeight, values: np.ndarray, panel: int, lanes: slice) -> None:
+    packed.data[panel, :, lanes] = values.T
+
+
+def _place_bfloat16(packed: PackedWeight, values: np.ndarray, panel: int, lanes: slice) -> None:
+    _interleave(packed.data[panel], to_bfloat16(values), lanes)
+
+
+def _place_int8(packed: PackedWeight, values: np.ndarray, panel: int, lanes: slice) -> None:
+    scale = np.abs(values).max(axis=1) / np.float32(127)
+    quantised = np.rint(values / np.where(scale == 0, 1, scale)[:, None]).astype(np.int8)
+    _interleave(packed.data[panel], quantised, lanes)
+    packed.scale[panel, lanes] = scale
+    packed.aux[panel, lanes] = -128 * quantised.sum(axis=1, dtype=np.int32)
+
+
+def _place_int4(packed: PackedWeight, values: np.ndarray, panel: int, lanes: slice) -> None:
+    count, num_columns = values.shape
+    groups = packed.scale.shape[1]
+    padded = np.zeros((count, groups, GROUP), np.float32)
+    padded.reshape(count, -1)[:, :num_columns] = values
+    nibbles, scale = quantise_groups(padded)
+    nibbles = nibbles.reshape(count, -1, 2, 4)  # [row][8 k][low or high][byte]
+    packed.data[panel][:, lanes] = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).transpose(1, 0, 2)
+    packed.scale[panel, :, lanes] = scale.T
+
+
+_PLACE = {"float32": _place_float32, "bfloat16": _place_bfloat16, "int8": _place_int8, "int4": _place_int4}
+
+
+def _interleave(panel: np.ndarray, values: np.ndarray, lanes: slice) -> None:
+    """Write rows ``values [n, K]`` to ``panel [K/step][48][step]``; the padding of K stays zero."""
+    step = panel.shape[2]
+    whole = values.shape[1] // step
+    panel[:whole, lanes] = values[:, : whole * step].reshape(len(values), whole, step).transpose(1, 0, 2)
+    if rest := values.shape[1] % step:
+        panel[whole, lanes, :rest] = values[:, whole * step :]
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 rounded to nearest even bfloat16, as uint16; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + (0x7FFF + (bits >> 16 & 1))) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def quantise_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise ``values [..., 32]`` to ``(nibbles uint8 [..., 32], scale float16 [...])``.
+
+    As Q4_0 of llama.cpp: the value of largest magnitude becomes -8 exactly, so the scale carries its
+    (negated) sign, and the range on its side is used fully.
+    """
+    largest = np.take_along_axis(values, np.abs(values).argmax(axis=-1)[..., None], axis=-1)[..., 0]
+    scale = (largest / np.float32(-8)).astype(np.float16)
+    divisor = scale.astype(np.float32)
+    quantised = np.rint(values / np.where(divisor == 0, 1, divisor)[..., None]) + 8
+    return np.clip(quantised, 0, 15).astype(np.uint8), scale
