@@ -43,7 +43,8 @@ class Request:
         use_prefix_cache: whether prefix hits may be used. Not with ``prompt_logprobs``, which need
             the logits of every prompt position; such a request still publishes its blocks.
         block_hashes: hashes of its first full blocks, as far as they were needed.
-        num_published_blocks: full blocks that are in the prefix cache, or have an equal there.
+        num_published_blocks: how many of its full blocks are known to be in the prefix cache, the
+            blocks themselves or equal ones.
         published_id: ``content_id`` of the last of them, at first the ``cache_salt``.
         sort_key: place in ``waiting`` and ``running``; set by the scheduler, unique.
     """

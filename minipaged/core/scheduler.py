@@ -142,9 +142,6 @@ class Scheduler:
             child.block_table = parent.block_table.fork()
             child.num_computed_tokens = parent.num_computed_tokens
             child.num_cached_tokens = parent.num_cached_tokens
-            child.block_hashes = parent.block_hashes.copy()
-            child.num_published_blocks = parent.num_published_blocks
-            child.published_id = parent.published_id
             child.status = RequestStatus.RUNNING
             _insert(self.running, child)
         else:
@@ -311,9 +308,6 @@ class Scheduler:
         table.share_prefix(hits)
         request.block_table = table
         request.num_computed_tokens = len(hits) * self.config.block_size
-        request.num_published_blocks = len(hits)
-        if hits:
-            request.published_id = hits[-1].content_id
         if request.num_preemptions == 0:
             request.num_cached_tokens = request.num_computed_tokens
             self.num_prompt_tokens_cached += min(request.num_cached_tokens, request.num_prompt_tokens)

@@ -73,6 +73,60 @@ def test_a_prompt_that_is_wholly_cached_still_computes_its_last_token(mock_engin
     assert request.num_cached_tokens == 4
 
 
+def test_each_turn_of_a_conversation_finds_all_turns_before_it(mock_engine):
+    engine = mock_engine()
+    prompt = [1, 2, 3]
+    for turn, cached in enumerate([0, 4, 8, 12]):
+        request = engine.add(f"turn {turn}", prompt, max_tokens=3)
+        engine.drain()
+        assert request.num_cached_tokens == cached
+        prompt = request.token_ids + [4]
+
+
+def test_the_continuation_of_a_fork_is_found(mock_engine):
+    engine = mock_engine()
+    engine.add("a", list(range(9)), max_tokens=8)
+    engine.step()
+    child = engine.fork("a", "b", 8)
+    engine.drain()
+    c = engine.add("c", child.token_ids, max_tokens=1)
+    engine.drain()
+    assert c.num_cached_tokens == 16
+
+
+def test_what_is_computed_again_after_a_preemption_is_published_again(mock_engine):
+    engine = mock_engine(num_blocks=6, policy="priority")
+    a = engine.add("a", list(range(12)), max_tokens=2, priority=1)
+    engine.step()
+    engine.add("urgent", [4] * 22, max_tokens=1)  # takes every block
+    engine.drain()
+    assert a.num_preemptions == 1
+    b = engine.add("b", list(range(12)) + [0], max_tokens=1)
+    engine.drain()
+    assert b.num_cached_tokens == 12
+
+
+def test_a_half_full_block_of_a_running_request_gets_no_hash(mock_engine):
+    """Looking for somebody who computes a block must not mistake half of it for the whole."""
+    engine = mock_engine(num_blocks=32)
+    a = engine.add("a", list(range(6)), max_tokens=6)
+    engine.step()
+    engine.add("b", list(range(4)) + [9] * 8, max_tokens=1)
+    assert shape(engine.step()) == {"a": (6, 1), "b": (4, 8)}
+    engine.drain()
+    c = engine.add("c", a.token_ids + [0], max_tokens=1)
+    engine.drain()
+    assert c.num_cached_tokens == 8
+
+
+def test_nobody_waits_for_a_block_that_could_not_be_hit(mock_engine):
+    """The last token is computed in any case, so a prompt of one block gains nothing by waiting."""
+    engine = mock_engine()
+    for name in "ab":
+        engine.add(name, [1, 2, 3, 4])
+    assert len(engine.step().scheduled) == 2
+
+
 def test_prompt_logprobs_compute_every_prompt_token(mock_engine):
     engine = mock_engine()
     engine.add("a", list(range(10)), max_tokens=1)
