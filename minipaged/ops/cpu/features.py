@@ -4,7 +4,7 @@
 level      what it needs                           what it gives
 ========== ======================================= =========================================
 generic    any 64-bit little-endian CPU            128-bit vectors (SSE2, NEON)
-avx2       AVX2, FMA                               256-bit vectors, fused multiply-add
+avx2       AVX2, FMA, F16C                         256-bit vectors, fused multiply-add
 avx512     AVX-512 F, BW, DQ, VL, VNNI             512-bit vectors, int8 dot products
 avx512bf16 AVX-512 BF16 on top                     bfloat16 dot products
 ========== ======================================= =========================================
@@ -48,7 +48,7 @@ class InstructionSet:
         return self.vector_bytes // 4
 
 
-_AVX2 = frozenset({"avx2", "fma"})
+_AVX2 = frozenset({"avx2", "fma", "f16c"})
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vnni"}
 
 REQUIRED_FEATURES: dict[str, frozenset[str]] = {  # weakest level first

@@ -9,13 +9,12 @@ float32 panels are ``[K][48]``. bfloat16 panels are ``[K/2][48][2]``: the two k 
 
 from __future__ import annotations
 
-from llvmlite import ir
 from numba import njit
 
 from . import features
 from .emit import Emitter
 from .products import ProductKernel
-from .tiles import PANEL, no_bytes, product_function, store_tile, strips
+from .tiles import PANEL, no_bytes, product_function, rows_of, store_tile, strips
 
 
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
@@ -43,7 +42,7 @@ def emit_float32(
             return e.add(w_strip, e.mul(k, 4 * PANEL))
 
         totals = e.loop(K, [e.constant(e.f32, 0.0)] * (height * width), step)
-        store_tile(e, by_row(totals, width), e.add(out, e.mul(index, strip_bytes)), out_stride, accumulate)
+        store_tile(e, rows_of(totals, width), e.add(out, e.mul(index, strip_bytes)), out_stride, accumulate)
 
     strips(e, width, strip)
 
@@ -80,7 +79,7 @@ def emit_bfloat16(
 
         totals = e.loop(e.div(K, 2), [e.constant(e.f32, 0.0)] * (height * width), step)
         totals = e.loop(e.builder.and_(K, e.const(1)), totals, odd_end)
-        store_tile(e, by_row(totals, width), e.add(out, e.mul(index, strip_bytes)), out_stride, accumulate)
+        store_tile(e, rows_of(totals, width), e.add(out, e.mul(index, strip_bytes)), out_stride, accumulate)
 
     strips(e, width, strip)
 
@@ -93,10 +92,6 @@ def multiply_add(e: Emitter, totals, x, x_stride, offset, weights):
         value = e.load_broadcast(e.add(e.add(x, e.mul(x_stride, row)), offset))
         result += [e.fma(value, weights[i], totals[row * width + i]) for i in range(width)]
     return result
-
-
-def by_row(totals: list[ir.Value], width: int) -> list[list[ir.Value]]:
-    return [totals[start : start + width] for start in range(0, len(totals), width)]
 
 
 @njit(inline="always")

@@ -52,6 +52,11 @@ def strips(e: Emitter, width: int, body: Callable[[ir.Value], None]) -> None:
     e.loop(e.const(count), [], once)
 
 
+def rows_of(totals: list[ir.Value], width: int) -> list[list[ir.Value]]:
+    """Accumulators ``[row * width + vector]``, as a list of vectors for each row."""
+    return [totals[start : start + width] for start in range(0, len(totals), width)]
+
+
 def store_tile(
     e: Emitter, tile: list[list[ir.Value]], out: ir.Value, out_stride: ir.Value, accumulate: ir.Value
 ) -> None:
