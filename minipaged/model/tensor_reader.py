@@ -37,6 +37,16 @@ def read_weights(
     return assemble(TensorReader(source, dry_run=False))
 
 
+def _allocate(shape: tuple[int, ...]) -> np.ndarray:
+    """Memory for float32 values; column by column for a matrix with at least as many outputs as inputs.
+
+    BLAS multiplies a few tokens by such a matrix a tenth to a quarter faster in this order; one with
+    more inputs than outputs is faster row by row.
+    """
+    by_columns = len(shape) == 2 and shape[0] >= shape[1]
+    return np.empty(shape, dtype=np.float32, order="F" if by_columns else "C")
+
+
 class TensorReader:
     """Arrays by the names of their parts; with ``dry_run`` they are placeholders that occupy no memory."""
 
@@ -56,7 +66,7 @@ class TensorReader:
 
         ``transposed``: the file holds every part with its axes reversed.
         """
-        out = np.broadcast_to(np.float32(0), shape) if self.dry_run else np.empty(shape, dtype=np.float32)
+        out = np.broadcast_to(np.float32(0), shape) if self.dry_run else _allocate(shape)
         for name, index in parts:
             place = out[index].T if transposed else out[index]
             if self.dry_run:
@@ -90,11 +100,11 @@ class TensorReader:
             for each in names:
                 out = self.array(shape, [(each, ())])
             return out
-        out, digests = np.empty(shape, dtype=np.float32), []
+        out, digests = _allocate(shape), []
         for each in names:
             self.source.read(each, out=out)
             if len(names) == 2:
-                digests.append(hashlib.blake2b(out.data).digest())
+                digests.append(hashlib.blake2b(out.ravel("K").data).digest())
         if len(set(digests)) == 2:
             raise ModelFormatError(
                 f"tie_word_embeddings is true, but the file stores {copy} and {name} with different numbers. "

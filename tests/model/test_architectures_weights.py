@@ -64,14 +64,16 @@ def test_qkv_and_gate_up_are_stacked_in_order():
             expected = np.concatenate([tensors[f"{prefix}{name}.{part}"] for name in names])
             array = getattr(stacked, part)
             np.testing.assert_array_equal(array, expected.astype(np.float32))
-            assert array.dtype == np.float32 and array.flags.c_contiguous
+            assert array.dtype == np.float32
+    # At least as many outputs as inputs: by columns.
+    assert layer.gate_up.weight.flags.f_contiguous and layer.down.weight.flags.c_contiguous
 
 
 def test_gpt2_is_transposed_and_gemma_norms_are_one_more():
     config, tensors = fixture("gpt2_untied_erf")
     weights = load_weights(config, DictSource(tensors))
     np.testing.assert_array_equal(weights.layers[0].qkv.weight, tensors["h.0.attn.c_attn.weight"].T)
-    assert weights.layers[0].qkv.weight.flags.c_contiguous
+    assert weights.layers[0].qkv.weight.flags.f_contiguous
     config, tensors = fixture("gemma3_pattern")
     weights = load_weights(config, DictSource(tensors))
     np.testing.assert_array_equal(weights.final_norm.weight, 1 + tensors["model.norm.weight"].astype(np.float32))

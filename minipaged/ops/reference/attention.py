@@ -34,6 +34,7 @@ class AttentionPlan:
 
     single: list[Context]
     longer: list[Context]
+    single_rows: np.ndarray
     segments: list[slice]
     segment_starts: np.ndarray
     segment_lengths: np.ndarray
@@ -54,6 +55,7 @@ def plan_attention(batch: Batch, block_size: int, sliding_window: int | None) ->
     return AttentionPlan(
         single=single,
         longer=longer,
+        single_rows=np.array([c.first_row for c in single], np.int64),
         segments=[slice(end - n, end) for n, end in zip(lengths.tolist(), ends.tolist(), strict=True)],
         segment_starts=ends - lengths,
         segment_lengths=lengths,
@@ -102,7 +104,7 @@ def _by_slot(cache: np.ndarray) -> np.ndarray:
 
 def _read(tokens: np.ndarray, slots: slice | np.ndarray) -> np.ndarray:
     """K or V at ``slots`` of ``tokens [Nkv, num_slots, D]``."""
-    if isinstance(slots, slice):
+    if type(slots) is slice:
         return tokens[:, slots]
     return tokens.take(slots, axis=1, mode="clip")  # clip: no index is checked, and none is out of range
 
@@ -115,19 +117,19 @@ def _attend_single(q, k, v, plan: AttentionPlan, soft_cap: float | None, out) ->
     """
     _, num_kv_heads, group, _ = q.shape
     scores = np.empty((num_kv_heads, group, 1, int(plan.segment_lengths.sum())), np.float32)
+    queries, attended = q[:, :, :, None], out[:, :, :, None]
     for context, segment in zip(plan.single, plan.segments, strict=True):
-        keys = _read(k, context.slots)[:, None].swapaxes(-1, -2)
-        np.matmul(q[context.first_row, :, :, None], keys, out=scores[..., segment])
+        keys = _read(k, context.slots).transpose(0, 2, 1)
+        np.matmul(queries[context.first_row], keys[:, None], out=scores[..., segment])
     if soft_cap is not None:
         scores = activations.soft_cap(scores, soft_cap)
-    maxima = np.maximum.reduceat(scores, plan.segment_starts, axis=-1)
-    scores -= np.repeat(maxima, plan.segment_lengths, axis=-1)
+    scores -= np.repeat(np.maximum.reduceat(scores, plan.segment_starts, axis=-1), plan.segment_lengths, axis=-1)
     np.exp(scores, out=scores)
-    sums = np.add.reduceat(scores, plan.segment_starts, axis=-1)
-    for i, (context, segment) in enumerate(zip(plan.single, plan.segments, strict=True)):
-        attended = out[context.first_row, :, :, None]
-        np.matmul(scores[..., segment], _read(v, context.slots)[:, None], out=attended)
-        attended /= sums[..., i, None]
+    for context, segment in zip(plan.single, plan.segments, strict=True):
+        values = _read(v, context.slots)
+        np.matmul(scores[..., segment], values[:, None], out=attended[context.first_row])
+    sums = np.add.reduceat(scores, plan.segment_starts, axis=-1)  # [Nkv, group, 1, sequences]
+    out[plan.single_rows] /= sums.transpose(3, 0, 1, 2)
 
 
 def _attend_tiles(q, k, v, context: Context, sliding_window: int | None, soft_cap: float | None, out) -> None:
