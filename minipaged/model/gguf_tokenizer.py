@@ -24,6 +24,8 @@ MAX_TOKEN_CHARACTERS = 1 << 12
 # recognises the others by their text, and so does this.
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
+KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")  # of Phi-3's control tokens
+
 _LETTERS_AND_DIGITS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -121,7 +123,10 @@ class GGUFVocabulary:
             self._add_bos_and_eos(tokenizer)
         except TokenizerError:
             raise
-        except Exception as error:  # the library raises plain Exception
+        except BaseException as error:
+            # The library raises plain Exception; a panic of its Rust code is not even that.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise TokenizerError(f"the vocabulary in the GGUF file is not usable: {error}") from None
         if tokenizer.get_vocab_size() != len(self.tokens):
             raise TokenizerError(
@@ -130,7 +135,7 @@ class GGUFVocabulary:
         return tokenizer
 
     def _byte_level(self) -> Tokenizer:
-        merges = [tuple(merge.split(" ", 1)) for merge in self._strings("merges")]
+        merges = [tuple(merge.split(" ", 1)) for merge in self._get("merges", list)]
         if any(len(merge) != 2 for merge in merges):
             raise TokenizerError("an entry of tokenizer.ggml.merges is not two tokens with a space between them.")
         tokenizer = Tokenizer(BPE(self._vocab(), merges, ignore_merges=self.pre in WHOLE_WORDS))
@@ -195,12 +200,14 @@ class GGUFVocabulary:
         """Tokens that are found in text before anything else: control tokens, and those "user defined".
 
         SentencePiece looks for the latter in normalised text, where "▁" is a space. Where the
-        normaliser also puts a space in front, it cannot be applied to tokens.
+        normaliser also puts a space in front, it cannot be applied to tokens. Phi-3's control tokens
+        swallow the white space behind them, which no key of the metadata says.
         """
         wanted = (CONTROL, UNKNOWN) if special else (USER_DEFINED,)
         normalized = not special and self.model == "llama" and not self._flag("add_space_prefix", True)
+        swallow = special and self.model == "llama" and self.metadata.get("general.architecture") == "phi3"
         return [
-            AddedToken(token, special=special, normalized=normalized)
+            AddedToken(token, special=special, normalized=normalized, rstrip=swallow and token not in KEEP_SPACE)
             for token, type_ in zip(self.tokens, self.types.tolist(), strict=True)
             if type_ in wanted and token
         ]
@@ -238,7 +245,7 @@ class GGUFVocabulary:
         return value
 
     def _token_texts(self) -> list[str]:
-        tokens = self._strings("tokens")
+        tokens = self._get("tokens", list)
         if not 0 < len(tokens) <= MAX_TOKENS:
             raise TokenizerError(f"the vocabulary has {len(tokens)} tokens; it must have 1 to {MAX_TOKENS}.")
         longest = max(map(len, tokens))
@@ -254,10 +261,6 @@ class GGUFVocabulary:
                 f"metadata tokenizer.ggml.{name} has {len(values)} values of type {values.dtype}, "
                 f"for {len(self.tokens)} tokens."
             )
-        return values
-
-    def _strings(self, name: str) -> list[str]:
-        values = self._get(name, list)
         return values
 
     def _flag(self, name: str, default: bool) -> bool:

@@ -204,6 +204,13 @@ def test_unknown_kinds_are_refused_by_name(key, value):
         GGUFVocabulary(metadata | {f"tokenizer.ggml.{key}": value})
 
 
+def test_control_tokens_of_phi3_swallow_white_space():
+    for architecture, swallowed in (("phi3", True), ("llama", False)):
+        tokenizer = GGUFVocabulary(small_metadata() | {"general.architecture": architecture}).build()
+        assert (tokenizer.encode("</s>\n a").ids == tokenizer.encode("</s>a").ids) is swallowed
+        assert tokenizer.encode("<s>\n a").ids != tokenizer.encode("<s>a").ids
+
+
 def test_unknown_tokens_are_special():
     types = small_metadata()["tokenizer.ggml.token_type"]
     assert types[0] == UNKNOWN
