@@ -34,37 +34,43 @@ class Decoder:
 
         Returns the logits of the rows ``batch.logits_indices``, float32 ``[L, vocab_size]``.
         """
-        config, weights, ops = self.config, self.weights, self.ops
+        # Overflow is no event here: whoever reads the logits finds it in the row it belongs to.
+        with np.errstate(all="ignore"):
+            return self._logits(self._hidden(batch, kv_cache))
+
+    def _hidden(self, batch: Batch, kv_cache: KVCache) -> np.ndarray:
+        """What the last layer leaves for the rows ``batch.logits_indices``, ``[L, hidden_size]``."""
+        config, ops = self.config, self.ops
         rotations = [
             (ops.embedding(batch.positions, cos), ops.embedding(batch.positions, sin)) for cos, sin in self.rope_tables
         ]
         plans = {window: ops.plan_attention(batch, kv_cache.block_size, window) for window in self.windows}
 
-        hidden = ops.embedding(batch.input_ids, weights.embedding)
+        hidden = ops.embedding(batch.input_ids, self.weights.embedding)
         if config.embedding_scale != 1.0:
             hidden *= np.float32(config.embedding_scale)
         if config.learned_positions:
-            hidden += ops.embedding(batch.positions, weights.positions)
+            hidden += ops.embedding(batch.positions, self.weights.positions)
 
-        last = config.num_layers - 1
-        for i, (layer, layer_weights) in enumerate(zip(config.layers, weights.layers, strict=True)):
+        for i, (layer, weights) in enumerate(zip(config.layers, self.weights.layers, strict=True)):
             rotation = None if layer.rope is None else rotations[self.ropes.index(layer.rope)]
-            normed = self._norm(hidden, layer_weights.input_norm)
+            x = self._norm(hidden, weights.input_norm)
             attended = self._attention(
-                layer_weights, normed, rotation, plans[layer.sliding_window], batch, *kv_cache.layer(i)
+                weights, x, rotation, plans[layer.sliding_window], batch.slot_mapping, *kv_cache.layer(i)
             )
-            if i == last and len(batch.logits_indices) < len(hidden):
+            if i == config.num_layers - 1 and len(batch.logits_indices) < len(hidden):
                 # K and V are written: from here on only rows whose logits are wanted matter.
                 attended, hidden = attended[batch.logits_indices], hidden[batch.logits_indices]
-            hidden += self._attention_output(layer_weights, attended)
-            hidden += self._feed_forward(layer, layer_weights, hidden)
+            hidden += self._attention_output(weights, attended)
+            hidden += self._feed_forward(layer, weights, self._norm(hidden, weights.mlp_norm))
+        return hidden
 
-        logits = ops.linear(self._norm(hidden, weights.final_norm), weights.lm_head)
-        if config.final_soft_cap is not None:
-            logits = ops.soft_cap(logits, config.final_soft_cap)
-        return logits
+    def _logits(self, hidden: np.ndarray) -> np.ndarray:
+        logits = self.ops.linear(self._norm(hidden, self.weights.final_norm), self.weights.lm_head)
+        cap = self.config.final_soft_cap
+        return logits if cap is None else self.ops.soft_cap(logits, cap)
 
-    def _attention(self, weights: LayerWeights, x, rotation, plan, batch: Batch, k_cache, v_cache) -> np.ndarray:
+    def _attention(self, weights: LayerWeights, x, rotation, plan, slot_mapping, k_cache, v_cache) -> np.ndarray:
         """The heads' outputs side by side, ``[T, num_heads * head_dim]``."""
         config, ops = self.config, self.ops
         num_heads, num_kv_heads = config.num_heads, config.num_kv_heads
@@ -77,19 +83,16 @@ class Decoder:
             k[...] = self._norm(k, weights.k_norm)
         if rotation is not None:
             ops.rope(qk, *rotation)
-        ops.write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
-        attended = ops.paged_attention(
-            q, k_cache, v_cache, plan, config.attention_scale, config.attention_soft_cap
-        )
+        ops.write_kv(k, v, k_cache, v_cache, slot_mapping)
+        attended = ops.paged_attention(q, k_cache, v_cache, plan, config.attention_scale, config.attention_soft_cap)
         return attended.reshape(len(x), num_heads * config.head_dim)
 
     def _attention_output(self, weights: LayerWeights, attended: np.ndarray) -> np.ndarray:
         y = self.ops.linear(attended, weights.o.weight, weights.o.bias)
         return self._norm(y, weights.post_attention_norm) if self.config.post_norms else y
 
-    def _feed_forward(self, layer: LayerConfig, weights: LayerWeights, hidden: np.ndarray) -> np.ndarray:
+    def _feed_forward(self, layer: LayerConfig, weights: LayerWeights, x: np.ndarray) -> np.ndarray:
         config, ops = self.config, self.ops
-        x = self._norm(hidden, weights.mlp_norm)
         if layer.moe:
             y = ops.moe(
                 x,

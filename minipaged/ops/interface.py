@@ -35,7 +35,7 @@ class Batch:
     query_start_loc: np.ndarray  #: int32 [S + 1], from 0 to T
     context_lens: np.ndarray  #: int32 [S], tokens in the KV cache after this step, the new ones included
     block_tables: np.ndarray  #: int32 [S, max_blocks], padded with 0
-    logits_indices: np.ndarray  #: int32 [L]
+    logits_indices: np.ndarray  #: int32 [L], rows in ascending order, each once
 
 
 class Ops(Protocol):
