@@ -1,27 +1,73 @@
-"""Arrays at an address: how ``@njit`` code reads and writes the memory it is given as int64.
+"""Typed views of raw addresses, for ``@compiled`` code.
 
-A step gets its buffers as a table of addresses, so that one compiled function serves every model.
-Numba's ``carray`` makes an array of a pointer; here the pointer is made of an int64.
+The compiled step gets addresses in tables. A SIMD kernel takes them as they are; a plain loop looks
+at them through :func:`floats` and its like, which cost nothing.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
+import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+compiled = partial(njit, error_model="numpy", nogil=True)
+"""``njit`` as this package uses it: a division by zero gives infinity, as in C, so that loops vectorise."""
+
 
 @intrinsic
-def _pointer(typing_context, address, dtype):
-    """The int64 ``address`` as a pointer to ``dtype``."""
-    pointer = types.CPointer(dtype.dtype)
+def _pointer(typing_context, address):
+    """``address`` (int64) as a ``void *``."""
 
     def codegen(context, builder, signature, arguments):
-        return builder.inttoptr(arguments[0], context.get_value_type(pointer))
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
 
-    return pointer(types.int64, dtype), codegen
+    return types.voidptr(types.int64), codegen
 
 
-@njit(inline="always")
-def array_at(address, count, dtype):
-    """The ``count`` elements of ``dtype`` (``np.float32``, ...) at ``address``, as an array; nothing is copied."""
-    return carray(_pointer(address, dtype), count, dtype)
+@intrinsic
+def float_bits(typing_context, value):
+    """The bits of a float32, as int64: how a float is passed where only integers are."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.zext(builder.bitcast(arguments[0], ir.IntType(32)), ir.IntType(64))
+
+    return types.int64(types.float32), codegen
+
+
+@compiled
+def floats(address, count):
+    """``count`` float32 at ``address``, as an array."""
+    return carray(_pointer(address), count, np.float32)
+
+
+@compiled
+def ints32(address, count):
+    """``count`` int32 at ``address``, as an array."""
+    return carray(_pointer(address), count, np.int32)
+
+
+@compiled
+def ints64(address, count):
+    """``count`` int64 at ``address``, as an array."""
+    return carray(_pointer(address), count, np.int64)
+
+
+@compiled
+def words16(address, count):
+    """``count`` uint16 at ``address``, as an array: the bits of bfloat16 values."""
+    return carray(_pointer(address), count, np.uint16)
+
+
+@compiled
+def words32(address, count):
+    """``count`` uint32 at ``address``, as an array: the bits of float32 values."""
+    return carray(_pointer(address), count, np.uint32)
+
+
+@compiled
+def bytes8(address, count):
+    """``count`` int8 at ``address``, as an array."""
+    return carray(_pointer(address), count, np.int8)

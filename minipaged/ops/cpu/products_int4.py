@@ -28,7 +28,7 @@ from numba import njit
 from . import features
 from .emit import F16, I16, I32, Emitter, vector
 from .products import ProductKernel
-from .quantize import element_bytes, prepare_integers
+from .quantize import value_bytes, prepare_integers
 from .tiles import PANEL, product_function, rows_of, store_tile, strips
 
 GROUP = 32
@@ -189,7 +189,7 @@ def build(format: str) -> ProductKernel:
         add_group, layout = add_group_pmaddubsw, "bytes"
     else:
         add_group, layout = add_group_pmaddwd, "pairs"
-    size = element_bytes(layout)
+    size = value_bytes(layout)
 
     def emit(*arguments):
         emit_int4(add_group, size, *arguments)

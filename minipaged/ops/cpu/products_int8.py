@@ -25,7 +25,7 @@ from numba import njit
 from . import features
 from .emit import I32, Emitter
 from .products import ProductKernel
-from .quantize import element_bytes, prepare_integers
+from .quantize import value_bytes, prepare_integers
 from .tiles import PANEL, product_function, rows_of, store_tile, strips
 
 
@@ -126,7 +126,7 @@ def build(format: str) -> ProductKernel:
     emit, layout = (emit_vnni, "biased") if isa.has_vnni else (emit_pmaddwd, "pairs")
     product = product_function("product-int8", tile_shapes(isa), emit, panel_bytes, scale_bytes)
     prepare = prepare_integers(layout, 4, with_group_sums=False)
-    size = element_bytes(layout)
+    size = value_bytes(layout)
     return ProductKernel(
         format, product.address, prepare.address, lambda K: (K + 3) // 4 * 4 * size, (product, prepare)
     )

@@ -24,28 +24,27 @@ import numpy as np
 from numba import njit
 
 from .compile_cache import c_function
-from .memory import array_at
+from .memory import bytes8, compiled, floats, ints32, words16, words32
 from .products import PREPARE_SIGNATURE
 
 _EXPONENT = np.uint32(0x7F800000)  # all ones: infinities and NaN
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
-@njit(error_model="numpy")
+@compiled
 def _set_scale(x, K, x_scale):
     """Write the scale of a row to ``x_scale``; returns what to multiply its values with."""
-    bits = array_at(x, K, np.uint32)
+    bits, scale = words32(x, K), floats(x_scale, 1)
     largest = np.uint32(0)  # floats of one sign are ordered like their bits, and integers vectorise
     for k in range(K):
         largest = max(largest, bits[k] & _MAGNITUDE)
-    scale = array_at(x_scale, 1, np.float32)
     if largest >= _EXPONENT:
         scale[0] = np.nan
         return np.float32(0)
-    array_at(x_scale, 1, np.uint32)[0] = largest
+    words32(x_scale, 1)[0] = largest
     magnitude = scale[0]
     scale[0] = magnitude / np.float32(127)
-    # Below this, 127 / magnitude overflows: such a row is zero beside any other.
+    # Below this, 127 / magnitude overflows; such values are nothing beside any other in the model.
     return np.float32(127) / magnitude if magnitude > np.float32(1e-36) else np.float32(0)
 
 
@@ -54,25 +53,25 @@ def _rounded(value, inverse):
     return np.int32(np.rint(value * inverse))
 
 
-@njit
+@compiled
 def _bytes_row(x, K, inverse, q, padded):
-    values, out = array_at(x, K, np.float32), array_at(q, padded, np.int8)
+    values, out = floats(x, K), bytes8(q, padded)
     for k in range(K):
         out[k] = _rounded(values[k], inverse)
     out[K:] = 0
 
 
-@njit
+@compiled
 def _biased_row(x, K, inverse, q, padded):
-    values, out = array_at(x, K, np.float32), array_at(q, padded, np.uint8)
+    values, out = floats(x, K), bytes8(q, padded)
     for k in range(K):
-        out[k] = _rounded(values[k], inverse) + 128
-    out[K:] = 128
+        out[k] = _rounded(values[k], inverse) + 128  # stored modulo 256
+    out[K:] = -128
 
 
-@njit
+@compiled
 def _pairs_row(x, K, inverse, q, padded):
-    values, out = array_at(x, K, np.float32), array_at(q, padded, np.int16)
+    values, out = floats(x, K), words16(q, padded)
     for quad in range(K // 4):
         for i in range(4):
             out[4 * quad + i] = _rounded(values[4 * quad + ((i & 1) << 1 | i >> 1)], inverse)
@@ -83,20 +82,20 @@ def _pairs_row(x, K, inverse, q, padded):
         out[whole + ((i & 1) << 1 | i >> 1)] = _rounded(values[k], inverse)
 
 
-@njit
-def _group_sums(q, dtype, padded, sums):
-    """``-8 * sum`` over each group of 32 elements of the prepared row ``q``."""
-    values, out = array_at(q, padded, dtype), array_at(sums, padded // 32, np.int32)
+@compiled
+def _group_sums(view, q, padded, sums):
+    """``-8 * sum`` over each group of 32 values of the prepared row ``q``."""
+    values, out = view(q, padded), ints32(sums, padded // 32)
     for group in range(padded // 32):
         total = np.int32(0)
         for k in range(32 * group, 32 * group + 32):
-            total += np.int32(values[k])
+            total += np.int32(np.int16(values[k]))  # 16-bit words hold signed values, too
         out[group] = -8 * total
 
 
-@njit
+@compiled
 def _bfloat16_row(x, K, q):
-    bits, out = array_at(x, K, np.uint32), array_at(q, (K + 1) // 2 * 2, np.uint16)
+    bits, out = words32(x, K), words16(q, (K + 1) // 2 * 2)
     for k in range(K):
         word = bits[k]
         if word & _MAGNITUDE > _EXPONENT:
@@ -117,18 +116,21 @@ def prepare_bfloat16():
     return prepare
 
 
-_LAYOUTS = {"bytes": (_bytes_row, np.int8), "biased": (_biased_row, np.uint8), "pairs": (_pairs_row, np.int16)}
+_LAYOUTS = {  # name -> (writes a row, looks at it, bytes of a value)
+    "bytes": (_bytes_row, bytes8, 1),
+    "biased": (_biased_row, bytes8, 1),
+    "pairs": (_pairs_row, words16, 2),
+}
 
 
-def element_bytes(layout: str) -> int:
+def value_bytes(layout: str) -> int:
     """Bytes of one quantised value in ``layout``."""
-    return np.dtype(_LAYOUTS[layout][1]).itemsize
+    return _LAYOUTS[layout][2]
 
 
 def prepare_integers(layout: str, step: int, with_group_sums: bool):
     """Compile ``prepare`` for integer products: K is padded to ``step``, sums follow if asked for."""
-    quantise_row, dtype = _LAYOUTS[layout]
-    size = element_bytes(layout)
+    quantise_row, view, size = _LAYOUTS[layout]
 
     @c_function(PREPARE_SIGNATURE, f"prepare-{layout}-{step}-{with_group_sums}")
     def prepare(x, x_stride, K, first_row, last_row, prepared, prepared_stride, x_scale):
@@ -138,6 +140,6 @@ def prepare_integers(layout: str, step: int, with_group_sums: bool):
             inverse = _set_scale(x + row * x_stride, K, x_scale + 4 * row)
             quantise_row(x + row * x_stride, K, inverse, q, padded)
             if with_group_sums:
-                _group_sums(q, dtype, padded, q + padded * size)
+                _group_sums(view, q, padded, q + padded * size)
 
     return prepare
