@@ -195,51 +195,59 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """One iteration: plan, compute, sample, update. Returns what is new for the callers."""
-        started = time.perf_counter()
+        started = time.monotonic()
         plan = self.scheduler.schedule()
         if not plan.scheduled:
             return []
         logits = self.runner.execute(plan, self._prompt_wanted(plan))
-        sampled = self._sample(plan, logits)
-        self.scheduler.update(plan, {request_id: [s.token_id] for request_id, s in sampled.items() if not s.error})
-        outputs = self._process(plan, logits, sampled)
+        sampled, failed = self._read(plan, logits)
+        for request_id in failed:
+            self.scheduler.abort(request_id)  # before the update, which would publish its KV for others
+        self.scheduler.update(plan, {request_id: [token.token_id] for request_id, token in sampled.items()})
+        outputs = self._process(plan, sampled, failed, started)
         if self.config.check_integrity:
             self.scheduler.check()
-        self._step_seconds += time.perf_counter() - started
+        self._step_seconds += time.monotonic() - started
         return outputs
 
-    def _sample(self, plan: SchedulerOutput, logits: StepLogits) -> dict[str, SampledToken]:
+    def _read(self, plan: SchedulerOutput, logits: StepLogits) -> tuple[dict[str, SampledToken], dict[str, str]]:
+        """Sampled tokens, and what went wrong, both by request id; keeps prompt log-probabilities."""
+        failed: dict[str, str] = {}
+        for request_id in logits.prompt_rows:
+            try:
+                self._add_prompt_logprobs(self._prepared[request_id], logits)
+            except NumericalError as error:
+                failed[request_id] = str(error)
         sampling = [s.request_id for s in plan.scheduled if s.samples]
-        if not sampling:
-            return {}
         states = [self._prepared[request_id].sampling for request_id in sampling]
-        return dict(zip(sampling, self.sampler.sample(logits.to_sample(), states), strict=True))
+        sampled = dict(zip(sampling, self.sampler.sample(logits.to_sample(), states), strict=True))
+        failed |= {request_id: token.error for request_id, token in sampled.items() if token.error}
+        return {request_id: token for request_id, token in sampled.items() if request_id not in failed}, failed
 
     def _process(
-        self, plan: SchedulerOutput, logits: StepLogits, sampled: dict[str, SampledToken]
+        self, plan: SchedulerOutput, sampled: dict[str, SampledToken], failed: dict[str, str], started: float
     ) -> list[RequestOutput]:
         """Hand tokens to their requests, finish those that end, collect what callers should see."""
         outputs = []
-        now = time.monotonic()
         for sequence in plan.scheduled:
-            prepared = self._prepared[sequence.request_id]
+            request_id = sequence.request_id
+            prepared = self._prepared[request_id]
             output = prepared.output
             if output.metrics.first_scheduled_time is None:
-                output.metrics.first_scheduled_time = now
+                output.metrics.first_scheduled_time = started
                 output.num_cached_tokens = prepared.request.num_cached_tokens
-            token = sampled.get(sequence.request_id)
-            error = token.error if token else None
-            if sequence.request_id in logits.prompt_rows:
-                error = self._add_prompt_logprobs(prepared, logits) or error
-            if error:
-                output.end("error", error)
-            elif token:
-                prepared.sampling.append(token.token_id)
-                output.append(token)
+            if request_id in failed:
+                output.end("error", failed[request_id])
+            elif request_id in sampled:
+                prepared.sampling.append(sampled[request_id].token_id)
+                output.append(sampled[request_id])
+                if output.finished:
+                    self.scheduler.finish(request_id)
+            else:
+                continue  # a chunk of its prompt was computed; there is nothing to tell yet
             if output.finished:
                 output.metrics.num_preemptions = prepared.request.num_preemptions
-                self.scheduler.finish(sequence.request_id)
-                del self._prepared[sequence.request_id]
+                del self._prepared[request_id]
             if output.finished or prepared.stream:
                 outputs.append(output.build())
         return outputs
@@ -252,22 +260,17 @@ class Engine:
                 wanted[sequence.request_id] = prepared.request.num_prompt_tokens
         return wanted
 
-    def _add_prompt_logprobs(self, prepared: PreparedRequest, logits: StepLogits) -> str | None:
+    def _add_prompt_logprobs(self, prepared: PreparedRequest, logits: StepLogits) -> None:
         """Entries for the prompt positions of this step that are not known yet (a preempted request
-        computes its prompt again, and must not report it twice). Returns what went wrong, if it did."""
+        computes its prompt again, and must not report it twice)."""
         first, rows = logits.prompt_rows[prepared.request.request_id]
         output = prepared.output
         known = len(output.prompt_logprobs) - 1
         rows = range(rows.start, rows.stop)[max(known - first, 0) :]
-        if not rows:
-            return None
-        targets = prepared.request.token_ids[known + 1 : known + 1 + len(rows)]
-        try:
+        if rows:
+            targets = prepared.request.token_ids[known + 1 : known + 1 + len(rows)]
             tokens = prompt_logprobs(logits.logits[rows.start : rows.stop], targets, output.params.prompt_logprobs)
-        except NumericalError as error:
-            return str(error)
-        output.add_prompt_logprobs([output.logprob_entry(token) for token in tokens])
-        return None
+            output.add_prompt_logprobs([output.logprob_entry(token) for token in tokens])
 
     # -- facts ------------------------------------------------------------------------------------
 

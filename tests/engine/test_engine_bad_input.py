@@ -25,7 +25,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def engine():
-    return make_engine(num_blocks=20, block_size=16, max_model_len=400)
+    return make_engine(num_blocks=20, block_size=16, max_model_len=400, max_num_batched_tokens=64)
 
 
 @pytest.mark.parametrize(
@@ -170,3 +170,35 @@ def test_a_closed_llm_says_so():
         llm.generate("x", GREEDY)
     with pytest.raises(EngineClosedError):
         llm.stats()
+
+
+def test_damaged_kv_is_never_published(engine):
+    """The KV of a step with NaN logits is suspect: a later request with the same prompt computes it anew."""
+    prompt = list(range(100, 132))
+    forward = engine.runner.decoder.forward
+
+    def poisoned(batch, kv_cache):
+        logits = forward(batch, kv_cache)
+        logits[:] = np.nan
+        return logits
+
+    engine.runner.decoder.forward = poisoned
+    try:
+        assert generate(engine, prompt, GREEDY).outputs[0].finish_reason == "error"
+        with_prompt = generate(engine, prompt, GREEDY.clone(prompt_logprobs=1))
+        assert with_prompt.outputs[0].finish_reason == "error"
+        assert "prompt token" in with_prompt.error or "NaN" in with_prompt.error
+    finally:
+        engine.runner.decoder.forward = forward
+    output = generate(engine, prompt, GREEDY)
+    assert output.num_cached_tokens == 0 and output.outputs[0].finish_reason == "length"
+    assert_all_blocks_back(engine)
+
+
+def test_a_stream_has_one_output_for_each_token(engine):
+    """Chunks of a prompt give none."""
+    request_id = engine.add_request(list(range(4, 200)), GREEDY, stream=True)
+    outputs = []
+    while engine.has_unfinished():
+        outputs += engine.step()
+    assert [len(o.outputs[0].token_ids) for o in outputs if o.request_id == request_id] == list(range(1, 9))
