@@ -59,6 +59,7 @@ TYPES = {
         TensorType(34, "TQ1_0", 256, 54),
         TensorType(35, "TQ2_0", 256, 66),
         TensorType(39, "MXFP4", 32, 17),
+        TensorType(40, "NVFP4", 64, 36),
     )
 }
 
