@@ -14,7 +14,7 @@ import numpy as np
 from minipaged.ops.interface import Batch
 from minipaged.ops.reference import activations
 
-QUERY_TILE = 64  # rows whose scores are computed at once: bounds memory, and skips most of their future
+QUERY_TILE = 32  # rows whose scores are computed at once: bounds memory, and skips most of their future
 
 
 @dataclass
@@ -138,25 +138,23 @@ def _attend_tiles(q, k, v, context: Context, sliding_window: int | None, soft_ca
     The heads that share a KV head are rows of one product: ``[Nkv, group * rows, D] @ [Nkv, D, keys]``.
     """
     _, num_kv_heads, group, head_dim = q.shape
-    first_position = context.end - context.num_rows
-    for tile in range(0, context.num_rows, QUERY_TILE):
-        rows = slice(context.first_row + tile, context.first_row + min(tile + QUERY_TILE, context.num_rows))
-        num_rows = rows.stop - rows.start
-        positions = np.arange(first_position + tile, first_position + tile + num_rows)[:, None]
-        start = 0 if sliding_window is None else max(0, int(positions[0, 0]) - sliding_window + 1)
-        end = int(positions[-1, 0]) + 1
-        visible = slice(start - context.start, end - context.start)
+    for first in range(0, context.num_rows, QUERY_TILE):
+        num_rows = min(QUERY_TILE, context.num_rows - first)
+        rows = slice(context.first_row + first, context.first_row + first + num_rows)
+        position = context.end - context.num_rows + first  # of the tile's first row
+        start = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+        visible = slice(start - context.start, position + num_rows - context.start)
 
         queries = q[rows].transpose(1, 2, 0, 3).reshape(num_kv_heads, group * num_rows, head_dim)
         scores = queries @ k[:, visible].swapaxes(-1, -2)
         if soft_cap is not None:
             scores = activations.soft_cap(scores, soft_cap)
-        key_positions = np.arange(start, end)
-        hidden = key_positions > positions
+        by_row = scores.reshape(num_kv_heads, group, num_rows, -1)
+        # The last keys are the tile's own tokens: those after a row's own are its future.
+        by_row[..., -num_rows:] += np.triu(np.full((num_rows, num_rows), -np.inf, np.float32), 1)
         if sliding_window is not None:
-            hidden |= key_positions <= positions - sliding_window
-        by_row = scores.reshape(num_kv_heads, group, num_rows, end - start)
-        by_row += np.where(hidden, np.float32(-np.inf), np.float32(0))
+            outside = np.tri(num_rows, by_row.shape[-1], position - sliding_window - start, bool)
+            by_row += np.where(outside, np.float32(-np.inf), np.float32(0))
 
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
