@@ -7,7 +7,7 @@ from pathlib import Path
 
 from minipaged.errors import ModelFormatError
 
-MAX_BYTES = 256 << 20
+MAX_BYTES = 4 << 20
 
 
 def read_object(file: Path) -> dict:
