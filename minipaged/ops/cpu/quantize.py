@@ -83,10 +83,10 @@ def _pairs_row(x, K, inverse, q, padded):
 
 
 @compiled
-def _group_sums(view, q, padded, sums):
-    """``-8 * sum`` over each group of 32 values of the prepared row ``q``."""
-    values, out = view(q, padded), ints32(sums, padded // 32)
-    for group in range(padded // 32):
+def _set_group_sums(values, sums):
+    """``-8 * sum`` over each group of 32 of the prepared ``values``."""
+    out = ints32(sums, len(values) // 32)
+    for group in range(len(out)):
         total = np.int32(0)
         for k in range(32 * group, 32 * group + 32):
             total += np.int32(np.int16(values[k]))  # 16-bit words hold signed values, too
@@ -140,6 +140,6 @@ def prepare_integers(layout: str, step: int, with_group_sums: bool):
             inverse = _set_scale(x + row * x_stride, K, x_scale + 4 * row)
             quantise_row(x + row * x_stride, K, inverse, q, padded)
             if with_group_sums:
-                _group_sums(view, q, padded, q + padded * size)
+                _set_group_sums(view(q, padded), q + padded * size)
 
     return prepare
