@@ -104,9 +104,8 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def allocate(format: str, num_rows: int, num_columns: int) -> PackedWeight:
     """A packed weight of zeros, to be filled by :func:`pack_rows`."""
-    arrays = {
-        name: aligned_zeros(shape, dtype) for name, (shape, dtype) in array_shapes(format, num_rows, num_columns).items()
-    }
+    shapes = array_shapes(format, num_rows, num_columns)
+    arrays = {name: aligned_zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
     if format == "int4":
         arrays["data"].fill(0x88)  # q = 8 stands for zero
     return PackedWeight(format, num_rows, num_columns, **arrays)

@@ -28,7 +28,7 @@ from numba import njit
 from . import features
 from .emit import F16, I16, I32, Emitter, vector
 from .products import ProductKernel
-from .quantize import value_bytes, prepare_integers
+from .quantize import prepare_integers, value_bytes
 from .tiles import PANEL, product_function, rows_of, store_tile, strips
 
 GROUP = 32

@@ -25,7 +25,7 @@ from numba import njit
 from . import features
 from .emit import I32, Emitter
 from .products import ProductKernel
-from .quantize import value_bytes, prepare_integers
+from .quantize import prepare_integers, value_bytes
 from .tiles import PANEL, product_function, rows_of, store_tile, strips
 
 
@@ -106,7 +106,8 @@ def scale_and_store(e: Emitter, totals, width, offset, x_scale, w_scale, out, ou
     tile = []
     for row, sums in enumerate(rows_of(totals, width)):
         token_scale = e.load_broadcast(e.add(x_scale, 4 * row))
-        tile.append([e.fmul(e.fmul(e.to_float(s), scale), token_scale) for s, scale in zip(sums, w_scales, strict=True)])
+        by_weight = [e.fmul(e.to_float(exact), scale) for exact, scale in zip(sums, w_scales, strict=True)]
+        tile.append([e.fmul(value, token_scale) for value in by_weight])
     store_tile(e, tile, e.add(out, offset), out_stride, accumulate)
 
 

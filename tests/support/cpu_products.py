@@ -1,0 +1,82 @@
+"""Runs a product kernel on NumPy arrays, and computes what it should give, from the layout's definition."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from minipaged.ops.cpu.packing import padded_rows
+
+
+def run_product(kernel, packed, x, out=None, accumulate=False, panels=None):
+    """``x @ weight.T`` with padded columns, over the given list of panel ranges (default: one)."""
+    M, K = x.shape
+    if out is None:
+        out = np.full((M, padded_rows(packed.num_rows)), np.nan, np.float32)
+    rows, stride, scale = x, x.strides[0], np.zeros(M, np.float32)
+    if kernel.prepare:
+        stride = kernel.row_bytes(K)
+        rows = np.full((M, stride), 0xAB, np.uint8)
+        kernel.functions[1].ctypes(x.ctypes.data, x.strides[0], K, 0, M, rows.ctypes.data, stride, scale.ctypes.data)
+    for first, last in panels or [(0, packed.num_panels)]:
+        kernel.functions[0].ctypes(
+            rows.ctypes.data,
+            stride,
+            scale.ctypes.data,
+            *packed.addresses,
+            K,
+            first,
+            last,
+            M,
+            out.ctypes.data,
+            out.strides[0],
+            int(accumulate),
+        )
+    return out
+
+
+def quantised_rows(x):
+    """``(q int64 [M, K], scale float32 [M])``: the rule of quantize.py."""
+    magnitude = np.abs(x).max(axis=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.where(magnitude > 1e-36, np.float32(127) / magnitude, np.float32(0))
+    return np.rint(x * inverse[:, None]).astype(np.int64), magnitude / np.float32(127)
+
+
+def bfloat16_values(words):
+    return (words.astype(np.uint32) << 16).view(np.float32)
+
+
+def unpacked(packed):
+    """The weight that ``packed`` stands for: float ``[N, K]``; element by element, by the drawing."""
+    N, K = packed.num_rows, packed.num_columns
+    weight = np.empty((N, K), np.float64)
+    for row in range(N):
+        panel, lane = divmod(row, 48)
+        for k in range(K):
+            weight[row, k] = _element(packed, panel, lane, k)
+    return weight
+
+
+def _element(packed, panel, lane, k):
+    data = packed.data[panel]
+    if packed.format == "float32":
+        return data[k, lane]
+    if packed.format == "bfloat16":
+        return bfloat16_values(data[k // 2, lane, k % 2 : k % 2 + 1])[0]
+    if packed.format == "int8":
+        return float(data[k // 4, lane, k % 4]) * float(packed.scale[panel, lane])
+    byte = int(data[k // 8, lane, k % 4])
+    nibble = byte >> 4 if k % 8 >= 4 else byte & 15
+    return (nibble - 8) * float(packed.scale[panel, k // 32, lane])
+
+
+def expected(packed, x, rounds_x_to_bfloat16=False):
+    """float64 ``x @ weight.T`` of the values that the packed weight and the prepared rows stand for."""
+    if packed.format in ("int8", "int4"):
+        q, scale = quantised_rows(x)
+        x = q * scale[:, None].astype(np.float64)
+    elif rounds_x_to_bfloat16:
+        from minipaged.ops.cpu.packing import to_bfloat16
+
+        x = bfloat16_values(to_bfloat16(x))
+    return np.asarray(x, np.float64) @ unpacked(packed).T
