@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
+from minipaged import sizing
 from minipaged.config import EngineConfig
-from minipaged.errors import BackendUnavailableError, ConfigError
+from minipaged.errors import BackendUnavailableError, ConfigError, MinipagedError
+from minipaged.model.config import ModelConfig
 
 log = logging.getLogger("minipaged")
+
+CPU_DEFAULT_WEIGHTS = "float32"
+"""What the cpu backend's ``dtype="auto"`` means without ``quantization``."""
 
 
 @dataclass(frozen=True)
@@ -20,13 +25,61 @@ class Backend:
     reason: str
 
 
+@dataclass(frozen=True)
+class Formats:
+    """How a backend keeps numbers: ``weights`` and ``kv_cache`` are ``"float32"``, ``"int8"``, ..."""
+
+    weights: str
+    kv_cache: str
+
+
+def _probe_cuda() -> Backend:
+    return Backend("cuda", False, "not part of this version of minipaged")
+
+
+def _probe_cpu() -> Backend:
+    try:
+        import numba
+
+        from minipaged.ops.cpu import features
+
+        level = features.current().level
+    except ImportError as error:
+        return Backend("cpu", False, f"Numba cannot be imported: {error}")
+    except MinipagedError as error:
+        return Backend("cpu", False, str(error))
+    return Backend("cpu", True, f"Numba {numba.__version__}, {level} instructions")
+
+
+def _probe_reference() -> Backend:
+    return Backend("reference", True, "NumPy, float32")
+
+
+# The fastest first. Each is probed only where it is asked for: reference must not wait for Numba.
+_PROBES = {"cuda": _probe_cuda, "cpu": _probe_cpu, "reference": _probe_reference}
+
+# What each backend takes for the options that not all of them take.
+_OFFERED = {
+    "reference": {
+        "dtype": ("auto", "float32"),
+        "quantization": (None,),
+        "kv_cache_dtype": ("auto", "float32"),
+        "speculative_model": (None,),
+        "swap_space": (0,),
+    },
+    "cpu": {
+        "dtype": ("auto", "float32", "bfloat16"),
+        "quantization": (None, "int8", "int4"),
+        "kv_cache_dtype": ("auto", "float32", "bfloat16", "int8"),
+        "speculative_model": (None,),
+        "swap_space": (0,),
+    },
+}
+
+
 def probe() -> list[Backend]:
     """Every backend, the fastest first, with its state on this machine."""
-    return [
-        Backend("cuda", False, "not part of this version of minipaged"),
-        Backend("cpu", False, "not part of this version of minipaged"),
-        Backend("reference", True, "NumPy, float32"),
-    ]
+    return [examine() for examine in _PROBES.values()]
 
 
 def choose(device: str) -> Backend:
@@ -34,35 +87,55 @@ def choose(device: str) -> Backend:
 
     Raises :class:`BackendUnavailableError` if the named device cannot be used here.
     """
-    backends = probe()
     if device == "auto":
-        chosen = next(b for b in backends if b.available)
-        passed_over = "; ".join(f"{b.name}: {b.reason}" for b in backends if not b.available)
-        log.info("device=auto chose %s (%s); %s", chosen.name, chosen.reason, passed_over)
-        return chosen
-    backend = next(b for b in backends if b.name == device)
+        passed_over = []
+        for examine in _PROBES.values():
+            backend = examine()
+            if backend.available:
+                log.info("device=auto chose %s (%s); %s", backend.name, backend.reason, "; ".join(passed_over))
+                return backend
+            passed_over.append(f"{backend.name}: {backend.reason}")
+    backend = _PROBES[device]()
     if not backend.available:
-        usable = ", ".join(repr(b.name) for b in backends if b.available)
+        usable = ", ".join(repr(b.name) for b in probe() if b.available)
         raise BackendUnavailableError(f"device {device!r} cannot be used: {backend.reason}. Usable here: {usable}.")
     return backend
 
 
 def check_options(backend: Backend, config: EngineConfig) -> None:
     """Raise :class:`ConfigError` for an option that ``backend`` does not implement."""
-    offered = {
-        "dtype": ("auto", "float32"),
-        "quantization": (None,),
-        "kv_cache_dtype": ("auto", "float32"),
-        "speculative_model": (None,),
-        "swap_space": (0,),
-    }
-    for name, values in offered.items():
+    for name, values in _OFFERED[backend.name].items():
         value = getattr(config, name)
         if value not in values:
             raise ConfigError(
                 f"{name} is {value!r}, which the {backend.name} backend does not offer; "
                 f"it takes {' or '.join(map(repr, values))}."
             )
+
+
+def choose_formats(backend: Backend, config: EngineConfig) -> Formats:
+    """How ``backend`` shall keep weights and KV under these options.
+
+    ``dtype="float32"`` without quantization keeps everything in float32. The cpu backend's
+    ``dtype="auto"`` is ``CPU_DEFAULT_WEIGHTS``; its KV cache is bfloat16 unless ``dtype`` is float32.
+    """
+    if backend.name == "reference":
+        return Formats("float32", "float32")
+    weights = config.quantization or (CPU_DEFAULT_WEIGHTS if config.dtype == "auto" else config.dtype)
+    kv_cache = config.kv_cache_dtype
+    if kv_cache == "auto":
+        kv_cache = "float32" if config.dtype == "float32" else "bfloat16"
+    return Formats(weights, kv_cache)
+
+
+def kv_block_bytes(formats: Formats, backend: Backend, model: ModelConfig, block_size: int) -> int:
+    """Bytes of one KV block: K and V of ``block_size`` tokens in every layer."""
+    if backend.name == "cpu":
+        from minipaged.ops.cpu.kv import KVLayout
+
+        layout = KVLayout(formats.kv_cache, block_size, model.num_kv_heads, model.head_dim)
+        return model.num_layers * layout.block_bytes
+    return sizing.kv_block_bytes(model, block_size, bytes_per_value=4)
 
 
 def set_num_threads(num_threads: int | None) -> None:

@@ -56,7 +56,9 @@ class Engine:
         backends.check_options(self.backend, config)
         self.model: LoadedModel = load_model(config.model)
         self.max_model_len = resolve_max_model_len(config, self.model.config)
-        num_blocks = resolve_num_blocks(config, self.model.config, self.max_model_len, bytes_per_value=4)
+        self.formats = backends.choose_formats(self.backend, config)
+        block_bytes = backends.kv_block_bytes(self.formats, self.backend, self.model.config, config.block_size)
+        num_blocks = resolve_num_blocks(config, self.max_model_len, block_bytes)
         self.scheduler = make_scheduler(
             SchedulerConfig(
                 num_blocks=num_blocks,
@@ -71,9 +73,11 @@ class Engine:
         self.runner = Runner(
             self.model,
             self.backend,
+            self.formats,
             num_blocks=num_blocks,
             block_size=config.block_size,
             max_model_len=self.max_model_len,
+            max_num_tokens=config.max_num_batched_tokens,
             num_threads=config.num_threads,
         )
         self.sampler = Sampler(self.model.config.vocab_size)
@@ -271,6 +275,10 @@ class Engine:
             targets = prepared.request.token_ids[known + 1 : known + 1 + len(rows)]
             tokens = prompt_logprobs(logits.logits[rows.start : rows.stop], targets, output.params.prompt_logprobs)
             output.add_prompt_logprobs([output.logprob_entry(token) for token in tokens])
+
+    def close(self) -> None:
+        """End the backend's threads; no step can follow. Closing twice is harmless."""
+        self.runner.close()
 
     # -- facts ------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -26,6 +27,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
         self._death: BaseException | None = None
+        self._process = os.getpid()
         self._lock = threading.Lock()  # orders "is it alive?" and "put" against the thread's end
         self._thread = threading.Thread(target=self._loop, name="minipaged-engine", daemon=True)
         self._thread.start()
@@ -86,6 +88,8 @@ class EngineThread:
 
     def close(self) -> None:
         """Abort what is unfinished and end the thread. Closing twice is harmless."""
+        if os.getpid() != self._process:  # a fork has no such thread, and the lock may be held forever
+            return
         with self._lock:
             if self._death is None:
                 self._commands.put(None)
@@ -93,6 +97,11 @@ class EngineThread:
             self._thread.join()
 
     def _put(self, command: Callable[[], None]) -> None:
+        if os.getpid() != self._process:
+            raise EngineClosedError(
+                f"this engine was made in process {self._process}, and this is process {os.getpid()}, a fork of it: "
+                "its thread does not exist here. Make the engine after the fork, or start processes with 'spawn'."
+            )
         with self._lock:
             if self._death is not None:
                 raise self._dead() from self._death
@@ -120,6 +129,7 @@ class EngineThread:
             output = self.engine.abort_if_unfinished(request_id)
             sink(output if closed and output is not None else self._dead())
         self._sinks.clear()
+        self.engine.close()
         self.engine = None  # lets the model's memory go, whoever still holds this thread
 
     def _obey(self) -> bool:

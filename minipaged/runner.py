@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minipaged.backends import Backend, set_num_threads
+from minipaged.backends import Backend, Formats, set_num_threads
 from minipaged.core.scheduler import ScheduledSequence, SchedulerOutput
-from minipaged.kv_cache import KVCache
 from minipaged.model.architectures import load_weights
-from minipaged.model.decoder import Decoder
 from minipaged.model.loader import LoadedModel
 from minipaged.model.weights import ModelWeights
 from minipaged.ops.interface import Batch
@@ -41,25 +39,25 @@ class Runner:
         self,
         model: LoadedModel,
         backend: Backend,
+        formats: Formats,
         *,
         num_blocks: int,
         block_size: int,
         max_model_len: int,
+        max_num_tokens: int,
         num_threads: int | None = None,
     ):
-        set_num_threads(num_threads)
-        ops = _make_ops(backend)
-        weights = load_weights(model.config, model.source)
-        self.weight_bytes = _num_bytes(weights)
+        sizes = {"num_blocks": num_blocks, "block_size": block_size, "max_model_len": max_model_len}
+        if backend.name == "cpu":
+            parts = _build_cpu(model, formats, max_num_tokens=max_num_tokens, num_threads=num_threads, **sizes)
+        else:
+            parts = _build_reference(model, num_threads=num_threads, **sizes)
+        self.decoder, self.kv_cache, self.weight_bytes, self.embedding_bytes = parts
         self.block_size = block_size
-        self.kv_cache = KVCache(
-            num_layers=model.config.num_layers,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            num_kv_heads=model.config.num_kv_heads,
-            head_dim=model.config.head_dim,
-        )
-        self.decoder = Decoder(model.config, weights, ops, max_model_len)
+
+    def close(self) -> None:
+        """End the threads of the backend. Closing twice is harmless."""
+        self.decoder.close()
 
     def execute(self, plan: SchedulerOutput, prompt_wanted: dict[str, int] | None = None) -> StepLogits:
         """Carry out the plan's block copies, then its forward pass.
@@ -126,12 +124,55 @@ def _wanted_rows(
     return np.array(rows, dtype=np.int32), np.array(sample_rows, dtype=np.int64), prompt_rows
 
 
-def _make_ops(backend: Backend):
-    if backend.name == "reference":
-        from minipaged.ops.reference import ReferenceOps
+def _build_reference(
+    model: LoadedModel, *, num_threads: int | None, num_blocks: int, block_size: int, max_model_len: int
+) -> tuple:
+    """Decoder, KV cache, bytes of the weights and of an embedding that is not the lm_head."""
+    from minipaged.kv_cache import KVCache
+    from minipaged.model.decoder import Decoder
+    from minipaged.ops.reference import ReferenceOps
 
-        return ReferenceOps()
-    raise NotImplementedError(backend.name)
+    set_num_threads(num_threads)
+    config = model.config
+    weights = load_weights(config, model.source)
+    kv_cache = KVCache(config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
+    decoder = Decoder(config, weights, ReferenceOps(), max_model_len)
+    return decoder, kv_cache, _num_bytes(weights), _embedding_bytes(weights)
+
+
+def _build_cpu(
+    model: LoadedModel,
+    formats: Formats,
+    *,
+    max_num_tokens: int,
+    num_threads: int | None,
+    num_blocks: int,
+    block_size: int,
+    max_model_len: int,
+) -> tuple:
+    """As :func:`_build_reference`; compiles the kernels if this machine has not yet."""
+    from minipaged.model.cpu_decoder import CpuDecoder, pack_as
+    from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
+    from minipaged.ops.cpu.team import default_num_threads
+
+    config = model.config
+    weights = load_weights(config, model.source, pack_as(formats.weights))
+    layout = KVLayout(formats.kv_cache, block_size, config.num_kv_heads, config.head_dim)
+    kv_cache = CpuKVCache(config.num_layers, num_blocks, layout)
+    decoder = CpuDecoder(
+        config,
+        weights,
+        kv_cache,
+        max_model_len=max_model_len,
+        max_num_tokens=max_num_tokens,
+        num_threads=num_threads or default_num_threads(),
+    )
+    return decoder, kv_cache, _num_bytes(weights), _embedding_bytes(weights)
+
+
+def _embedding_bytes(weights: ModelWeights) -> int:
+    """Bytes of an embedding of its own, of which a step reads only its tokens' rows."""
+    return 0 if weights.embedding is weights.lm_head else weights.embedding.nbytes
 
 
 def _num_bytes(weights: ModelWeights) -> int:

@@ -33,12 +33,12 @@ def kv_block_bytes(model: ModelConfig, block_size: int, bytes_per_value: int) ->
     return 2 * model.num_layers * block_size * model.num_kv_heads * model.head_dim * bytes_per_value
 
 
-def resolve_num_blocks(config: EngineConfig, model: ModelConfig, max_model_len: int, bytes_per_value: int) -> int:
+def resolve_num_blocks(config: EngineConfig, max_model_len: int, block_bytes: int) -> int:
     """Blocks of the pool: the option, or what fits ``kv_cache_memory``, or a sensible share.
 
+    ``block_bytes``: of one block, in all layers.
     Raises :class:`ConfigError` if the memory given, or the memory free, does not hold the pool.
     """
-    block_bytes = kv_block_bytes(model, config.block_size, bytes_per_value)
     available = available_memory()
     if config.num_blocks is not None:
         needed = config.num_blocks * block_bytes

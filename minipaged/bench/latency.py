@@ -136,7 +136,5 @@ def _bytes_per_step(engine: Engine, batch_size: int, context_len: int) -> int:
     """Bytes that a decode step must read: the weights (of an untied embedding only ``batch_size``
     rows, which is nothing) and the KV of ``context_len`` tokens a sequence."""
     stats = engine.stats()
-    weights = engine.runner.decoder.weights
-    unread = 0 if engine.model.config.tie_word_embeddings else weights.embedding.nbytes
     kv_bytes_per_token = stats.kv_cache_bytes // (stats.num_blocks_total * stats.block_size)
-    return stats.weight_bytes - unread + batch_size * context_len * kv_bytes_per_token
+    return stats.weight_bytes - engine.runner.embedding_bytes + batch_size * context_len * kv_bytes_per_token

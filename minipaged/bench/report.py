@@ -23,7 +23,7 @@ def context(engine: Engine) -> dict:
         "architecture": engine.model.config.architecture,
         "device": engine.backend.name,
         "dtype": precision(engine),
-        "kv_cache_dtype": str(engine.runner.kv_cache.k.dtype),
+        "kv_cache_dtype": engine.formats.kv_cache,
         "weight_bytes": stats.weight_bytes,
         "threads": num_threads(engine),
         "cpu": cpu["model"],
@@ -42,8 +42,8 @@ def context(engine: Engine) -> dict:
 
 
 def precision(engine: Engine) -> str:
-    """The precision that the weights are computed in."""
-    return str(engine.runner.decoder.weights.embedding.dtype)
+    """The format that the weights are kept in."""
+    return engine.formats.weights
 
 
 def num_threads(engine: Engine) -> int:

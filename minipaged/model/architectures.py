@@ -15,7 +15,7 @@ from minipaged.model.adapters import common, gemma, gpt2, llama, moe, phi3
 from minipaged.model.config import ModelConfig
 from minipaged.model.hf_config import ConfigReader
 from minipaged.model.tensor_reader import TensorReader, read_weights
-from minipaged.model.weights import ModelWeights, TensorSource
+from minipaged.model.weights import ModelWeights, Pack, TensorSource
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,10 @@ def config_from_hf(values: dict) -> ModelConfig:
     return config
 
 
-def load_weights(config: ModelConfig, source: TensorSource) -> ModelWeights:
+def load_weights(config: ModelConfig, source: TensorSource, pack: Pack | None = None) -> ModelWeights:
     """The weights of a model in float32, each tensor read straight into its place.
+
+    With ``pack``, each matrix takes the form that it gives, before the next one is read.
 
     Names and shapes are checked before anything is allocated. Raises
     :class:`~minipaged.errors.ModelFormatError` for tensors that are missing, misshaped, unexpected,
@@ -66,7 +68,7 @@ def load_weights(config: ModelConfig, source: TensorSource) -> ModelWeights:
     """
     architecture = ARCHITECTURES[config.architecture]
     return read_weights(
-        source, lambda tensors: architecture.read_weights(config, tensors), architecture.ignored_tensors
+        source, lambda tensors: architecture.read_weights(config, tensors), architecture.ignored_tensors, pack
     )
 
 

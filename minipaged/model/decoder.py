@@ -38,6 +38,9 @@ class Decoder:
         with np.errstate(all="ignore"):
             return self._logits(self._hidden(batch, kv_cache))
 
+    def close(self) -> None:
+        """Nothing to end: this backend has no threads of its own."""
+
     def _hidden(self, batch: Batch, kv_cache: KVCache) -> np.ndarray:
         """What the last layer leaves for the rows ``batch.logits_indices``, ``[L, hidden_size]``."""
         config, ops = self.config, self.ops

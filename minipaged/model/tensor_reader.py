@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from minipaged.errors import ModelFormatError
-from minipaged.model.weights import ModelWeights, TensorSource
+from minipaged.model.weights import ModelWeights, Pack, TensorSource
 
 # Buffers that old versions of transformers stored beside the weights; computed from the configuration.
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attn\.masked_bias)$")
@@ -24,35 +25,30 @@ _ENOUGH = 1000  # problems after which no more are looked for
 
 
 def read_weights(
-    source: TensorSource, assemble: Callable[[TensorReader], ModelWeights], ignored: str = ""
+    source: TensorSource,
+    assemble: Callable[[TensorReader], ModelWeights],
+    ignored: str = "",
+    pack: Pack | None = None,
 ) -> ModelWeights:
     """What ``assemble`` builds from ``source``.
 
-    ``ignored`` is a regular expression of further tensor names that carry nothing. Raises
+    ``ignored`` is a regular expression of further tensor names that carry nothing. ``pack`` converts
+    each matrix as soon as it has been read, so that no more than one is in memory in float32. Raises
     :class:`~minipaged.errors.ModelFormatError` for missing, misshaped or unexpected tensors.
     """
     check = TensorReader(source, dry_run=True)
     assemble(check)
     check.refuse_problems(re.compile(ignored) if ignored else None)
-    return assemble(TensorReader(source, dry_run=False))
-
-
-def _allocate(shape: tuple[int, ...]) -> np.ndarray:
-    """Memory for float32 values; column by column for a matrix with at least as many outputs as inputs.
-
-    BLAS multiplies a few tokens by such a matrix a tenth to a quarter faster in this order; one with
-    more inputs than outputs is faster row by row.
-    """
-    by_columns = len(shape) == 2 and shape[0] >= shape[1]
-    return np.empty(shape, dtype=np.float32, order="F" if by_columns else "C")
+    return assemble(TensorReader(source, dry_run=False, pack=pack))
 
 
 class TensorReader:
     """Arrays by the names of their parts; with ``dry_run`` they are placeholders that occupy no memory."""
 
-    def __init__(self, source: TensorSource, dry_run: bool):
+    def __init__(self, source: TensorSource, dry_run: bool, pack: Pack | None = None):
         self.source = source
         self.dry_run = dry_run
+        self.pack = pack
         self.stored = set(source.names())
         self.used: set[str] = set()
         self.missing: list[str] = []
@@ -66,7 +62,7 @@ class TensorReader:
 
         ``transposed``: the file holds every part with its axes reversed.
         """
-        out = np.broadcast_to(np.float32(0), shape) if self.dry_run else _allocate(shape)
+        out = np.broadcast_to(np.float32(0), shape) if self.dry_run else self._allocate(shape)
         for name, index in parts:
             place = out[index].T if transposed else out[index]
             if self.dry_run:
@@ -90,6 +86,16 @@ class TensorReader:
             start += count
         return self.array((start, *columns), places, transposed)
 
+    def matrix(
+        self, parts: list[tuple[str, int]], columns: int, transposed: bool = False, role: str = "linear"
+    ) -> Any:
+        """As :meth:`rows`, in the form that the backend multiplies with."""
+        return self.packed(self.rows(parts, columns, transposed=transposed), role)
+
+    def packed(self, matrix: np.ndarray, role: str = "linear") -> Any:
+        """``matrix`` in the form that the backend multiplies with (roles: :data:`~minipaged.model.weights.Pack`)."""
+        return matrix if self.pack is None or self.dry_run else self.pack(matrix, role)
+
     def shared(self, name: str, copy: str, *shape: int) -> np.ndarray:
         """``name``; where the file also stores ``copy``, both must hold the same numbers.
 
@@ -100,7 +106,7 @@ class TensorReader:
             for each in names:
                 out = self.array(shape, [(each, ())])
             return out
-        out, digests = _allocate(shape), []
+        out, digests = self._allocate(shape), []
         for each in names:
             self.source.read(each, out=out)
             if len(names) == 2:
@@ -111,6 +117,15 @@ class TensorReader:
                 "Set tie_word_embeddings to false, or remove the tensor that is wrong."
             )
         return out
+
+    def _allocate(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Memory for float32 values; column by column for a matrix with at least as many outputs as inputs.
+
+        BLAS multiplies a few tokens by such a matrix a tenth to a quarter faster in this order; one with
+        more inputs than outputs is faster row by row. What will be packed stays row by row.
+        """
+        by_columns = self.pack is None and len(shape) == 2 and shape[0] >= shape[1]
+        return np.empty(shape, dtype=np.float32, order="F" if by_columns else "C")
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         self.used.add(name)

@@ -1,9 +1,10 @@
-"""The weights of a decoder in the form that every backend starts from, and where tensors come from."""
+"""The weights of a decoder, matrices as float32 arrays or as a backend packed them, and where tensors come from."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,6 +33,13 @@ class TensorSource(Protocol):
         ...
 
 
+Pack = Callable[[np.ndarray, str], Any]
+"""``pack(matrix, role)``: a backend's own form of a float32 matrix ``[out, in]``, kept in its place.
+
+Roles: ``"linear"``; ``"lm_head"``, which is the embedding too where the two are tied; ``"embedding"``
+where they are not. Vectors, position embeddings and routers stay float32 arrays."""
+
+
 @dataclass
 class Norm:
     """``weight [hidden]`` and, for LayerNorm, ``bias [hidden]``."""
@@ -51,7 +59,7 @@ class Linear:
 @dataclass
 class Experts:
     """A mixture of experts: ``router [E, hidden]``, ``gate_up [E, 2 I, hidden]`` (gate rows first),
-    ``down [E, hidden, I]``."""
+    ``down [E, hidden, I]``; packed, the latter two are lists of E matrices."""
 
     router: np.ndarray
     gate_up: np.ndarray

@@ -170,14 +170,15 @@ def embeddings(config: ModelConfig, tensors: TensorReader, name: str, head: str 
     """The embedding and the output matrix ``[vocab, hidden]``: one array where they are tied."""
     shape = (config.vocab_size, config.hidden_size)
     if config.tie_word_embeddings:
-        embedding = tensors.shared(name, head, *shape)
+        embedding = tensors.packed(tensors.shared(name, head, *shape), "lm_head")
         return embedding, embedding
-    return tensors.rows([(name, shape[0])], shape[1]), tensors.rows([(head, shape[0])], shape[1])
+    embedding = tensors.matrix([(name, shape[0])], shape[1], role="embedding")
+    return embedding, tensors.matrix([(head, shape[0])], shape[1], role="lm_head")
 
 
 def linear(tensors: TensorReader, parts: list[tuple[str, int]], columns: int, bias: bool) -> Linear:
     """Several projections of one input stacked into one."""
-    weight = tensors.rows([(f"{name}.weight", rows) for name, rows in parts], columns)
+    weight = tensors.matrix([(f"{name}.weight", rows) for name, rows in parts], columns)
     return Linear(weight, tensors.rows([(f"{name}.bias", rows) for name, rows in parts]) if bias else None)
 
 

@@ -52,7 +52,7 @@ def weights(config: ModelConfig, tensors: TensorReader) -> ModelWeights:
         return Norm(tensors.vector(f"{name}.weight", hidden), tensors.vector(f"{name}.bias", hidden))
 
     def conv1d(name: str, rows: int, columns: int) -> Linear:
-        weight = tensors.rows([(f"{name}.weight", rows)], columns, transposed=True)
+        weight = tensors.matrix([(f"{name}.weight", rows)], columns, transposed=True)
         return Linear(weight, tensors.vector(f"{name}.bias", rows))
 
     embedding, lm_head = common.embeddings(config, tensors, f"{top}wte.weight")

@@ -5,6 +5,8 @@ Experts are stored one tensor each, or (transformers 5 may write) stacked as the
 
 from __future__ import annotations
 
+import numpy as np
+
 from minipaged.errors import ModelFormatError, UnsupportedModelError
 from minipaged.model.adapters import common
 from minipaged.model.config import LayerConfig, ModelConfig
@@ -104,7 +106,12 @@ def _mlp(config: ModelConfig, tensors: TensorReader, prefix: str, layer: LayerCo
     return {
         "experts": Experts(
             router=tensors.rows([(f"{prefix}gate.weight", count)], hidden),
-            gate_up=tensors.array((count, 2 * inner, hidden), gate_up_parts),
-            down=tensors.array((count, hidden, inner), down_parts),
+            gate_up=_experts_packed(tensors, tensors.array((count, 2 * inner, hidden), gate_up_parts)),
+            down=_experts_packed(tensors, tensors.array((count, hidden, inner), down_parts)),
         )
     }
+
+
+def _experts_packed(tensors: TensorReader, matrices: np.ndarray):
+    """One array for all experts, or a list of packed matrices where the backend packs."""
+    return matrices if tensors.pack is None else [tensors.packed(matrix) for matrix in matrices]

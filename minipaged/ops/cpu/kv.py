@@ -1,0 +1,172 @@
+"""The KV cache in the layout that attention on the CPU reads, and the writes to it.
+
+A block of a layer holds ``[K of each kv_head | V of each kv_head]``. Inside a head's K, tokens come
+last, 16 together: one vector load brings the same component of 16 keys, and scores need no sums
+across lanes. V has the tokens first, each padded to whole groups of 16 components::
+
+    K  [block_size / 16][head_dim][16]      (one piece [head_dim][block_size] where that is below 16)
+    V  [block_size][head_dim padded]
+
+``int8`` quantises each token's K and V of a head by one scale (its largest magnitude is 127), so a
+token's KV never depends on its neighbours; the ``block_size`` float32 scales follow the values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .memory import bytes8, compiled, floats, words16, words32
+from .packing import aligned_zeros, round_up
+
+TOKENS = 16  # keys side by side
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Sizes, in bytes, of a block of one layer."""
+
+    dtype: str
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def item_bytes(self) -> int:
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def padded_dim(self) -> int:
+        """Components of a token's V."""
+        return round_up(self.head_dim, 16)
+
+    @property
+    def k_bytes(self) -> int:
+        """K of one head, scales included."""
+        return self._part(self.head_dim)
+
+    @property
+    def v_bytes(self) -> int:
+        """V of one head, scales included."""
+        return self._part(self.padded_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        """One block of one layer."""
+        return self.num_kv_heads * (self.k_bytes + self.v_bytes)
+
+    def _part(self, dim: int) -> int:
+        scales = 4 * self.block_size if self.dtype == "int8" else 0
+        return round_up(self.block_size * dim * self.item_bytes, 4) + scales
+
+
+class CpuKVCache:
+    """K and V of ``num_blocks`` blocks in every layer, ``data [layer, block, byte]``.
+
+    The operating system provides the memory page by page as blocks are first written.
+    """
+
+    def __init__(self, num_layers: int, num_blocks: int, layout: KVLayout):
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.block_size = layout.block_size
+        self.data = aligned_zeros((num_layers, num_blocks, layout.block_bytes), np.dtype(np.uint8))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blocks, whether touched yet or not."""
+        return self.data.nbytes
+
+    def copy_blocks(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy the content of block ``source`` to block ``destination``, for each pair, in every layer.
+
+        All sources are read before any destination is written.
+        """
+        if pairs:
+            sources, destinations = zip(*pairs, strict=True)
+            self.data[:, list(destinations)] = self.data[:, list(sources)]
+
+
+@compiled
+def to_bfloat16(bits):
+    """float32 bits rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
+    if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
+        return np.uint16(0x7FC0)
+    return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+
+@compiled
+def quantisation_scale(x):
+    """The scale that makes the largest magnitude of ``x`` 127; NaN if a value is NaN or infinite."""
+    largest, poison = np.float32(0), np.float32(0)
+    for i in range(len(x)):
+        largest = max(largest, abs(x[i]))
+        poison += x[i] * np.float32(0)
+    return largest / np.float32(127) + poison
+
+
+@compiled
+def quantise(value, inverse):
+    return np.int8(min(max(np.rint(value * inverse), np.float32(-127)), np.float32(127)))
+
+
+def build_write(dtype: str):
+    """The function that stores one token's K and V of one head.
+
+    ``write(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales)``: float32
+    rows ``k``, ``v`` of ``dim`` values go to token ``offset`` of the head's parts of a block;
+    ``width`` keys lie side by side.
+    """
+
+    @compiled
+    def k_index(offset, width, dim):
+        return offset // width * (dim * width) + offset % width
+
+    if dtype == "float32":
+
+        @compiled
+        def write(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
+            source, target = floats(k, dim), floats(k_part + 4 * k_index(offset, width, dim), dim * width)
+            for i in range(dim):
+                target[i * width] = source[i]
+            source, target = floats(v, dim), floats(v_part + 4 * offset * padded_dim, padded_dim)
+            for i in range(dim):
+                target[i] = source[i]
+            for i in range(dim, padded_dim):
+                target[i] = 0
+
+    elif dtype == "bfloat16":
+
+        @compiled
+        def write(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
+            source, target = words32(k, dim), words16(k_part + 2 * k_index(offset, width, dim), dim * width)
+            for i in range(dim):
+                target[i * width] = to_bfloat16(source[i])
+            source, target = words32(v, dim), words16(v_part + 2 * offset * padded_dim, padded_dim)
+            for i in range(dim):
+                target[i] = to_bfloat16(source[i])
+            for i in range(dim, padded_dim):
+                target[i] = 0
+
+    else:
+
+        @compiled
+        def write(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
+            source, target = floats(k, dim), bytes8(k_part + k_index(offset, width, dim), dim * width)
+            scale = quantisation_scale(source)
+            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+            for i in range(dim):
+                target[i * width] = quantise(source[i], inverse)
+            floats(k_scales, offset + 1)[offset] = scale
+            source, target = floats(v, dim), bytes8(v_part + offset * padded_dim, padded_dim)
+            scale = quantisation_scale(source)
+            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+            for i in range(dim):
+                target[i] = quantise(source[i], inverse)
+            for i in range(dim, padded_dim):
+                target[i] = 0
+            floats(v_scales, offset + 1)[offset] = scale
+
+    return write
