@@ -91,9 +91,16 @@ class _NamedCache(caching.FunctionCache):
     def load_overload(self, signature, target_context):
         try:
             return super().load_overload(signature, target_context)
-        except Exception as error:  # a truncated or foreign file must not stop the engine
-            _report(f"cannot be read ({error!r})")
+        except Exception as error:  # whatever unpickling a truncated file may raise
+            logger.warning("A compiled kernel in %s is damaged (%r); it is made anew.", self.cache_path, error)
+            self._forget()
             return None
+
+    def _forget(self):
+        try:
+            self.flush()
+        except OSError as error:
+            _report(f"cannot be written ({error})")
 
     def save_overload(self, signature, data):
         try:

@@ -18,7 +18,7 @@ independent, so threads may share them out. Formats that read float32 rows as th
 
 ``product`` computes panels ``panel0 .. panel1-1`` of the packed weight for all ``M`` rows, so threads
 share out panels. Panel ``p`` is columns ``48p .. 48p+47`` of ``out``, whose *address is that of row 0,
-column 0* whatever ``panel0`` is. With ``accumulate`` != 0 the product is added to what ``out`` holds.
+column 0* whatever ``panel0`` is. ``accumulate`` is 0, or 1 to add the product to what ``out`` holds.
 Rows of ``out`` must have room for whole panels: ``out_stride >= 4 * padded_rows(N)`` bytes; columns
 beyond N receive zeros (or keep their value, if accumulating).
 

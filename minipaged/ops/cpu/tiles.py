@@ -60,14 +60,15 @@ def rows_of(totals: list[ir.Value], width: int) -> list[list[ir.Value]]:
 def store_tile(
     e: Emitter, tile: list[list[ir.Value]], out: ir.Value, out_stride: ir.Value, accumulate: ir.Value
 ) -> None:
-    """Write ``tile[row][vector]`` to the rows at ``out``, added to what is there if ``accumulate`` != 0."""
-    adds = e.builder.icmp_signed("!=", accumulate, e.const(0))
-    nothing = e.constant(e.f32, -0.0)  # the one value that changes no float, not even -0.0
-    for row, vectors in enumerate(tile):
-        for i, value in enumerate(vectors):
-            address = e.add(e.add(out, e.mul(out_stride, row)), i * e.isa.vector_bytes)
-            before = e.builder.select(adds, e.load(address, e.f32), nothing)
-            e.store(e.fadd(before, value), address)
+    """Write ``tile[row][vector]`` to the rows at ``out``; added to what is there if ``accumulate`` is 1."""
+
+    def write(adds: bool) -> None:
+        for row, vectors in enumerate(tile):
+            for i, value in enumerate(vectors):
+                address = e.add(e.add(out, e.mul(out_stride, row)), i * e.isa.vector_bytes)
+                e.store(e.fadd(e.load(address, e.f32), value) if adds else value, address)
+
+    e.switch(accumulate, {0: lambda: write(False), 1: lambda: write(True)})
 
 
 def product_function(

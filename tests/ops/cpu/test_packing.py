@@ -1,0 +1,87 @@
+"""Packed weights: quality of the rounding, streaming, alignment."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minipaged.errors import ConfigError
+from minipaged.ops.cpu.packing import allocate, array_shapes, pack, pack_rows, quantise_groups, to_bfloat16
+from minipaged.ops.cpu.products import FORMATS
+from tests.support.cpu_products import bfloat16_values, unpacked
+
+
+def weights(N, K, seed=0):
+    return np.random.default_rng(seed).standard_normal((N, K), np.float32)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_arrays_are_aligned_and_as_announced(format):
+    packed = pack(format, weights(100, 70))
+    for name, (shape, dtype) in array_shapes(format, 100, 70).items():
+        array = getattr(packed, name)
+        assert (array.shape, array.dtype) == (shape, dtype)
+        assert array.size == 0 or array.ctypes.data % 64 == 0
+    assert packed.num_panels == 3
+    assert packed.nbytes == packed.data.nbytes + packed.scale.nbytes + packed.aux.nbytes
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    format=st.sampled_from(FORMATS),
+    N=st.integers(1, 120),
+    K=st.integers(1, 70),
+    cuts=st.lists(st.integers(0, 120), max_size=4),
+)
+def test_slabs_of_any_size_and_order_give_the_same(format, N, K, cuts):
+    weight = weights(N, K)
+    whole, parts = pack(format, weight), allocate(format, N, K)
+    edges = sorted({0, N, *(cut for cut in cuts if cut < N)})
+    for first, last in reversed(list(zip(edges, edges[1:], strict=False))):
+        pack_rows(parts, weight[first:last], first)
+    for name in ("data", "scale", "aux"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name)), name
+
+
+def test_int8_rounds_to_half_a_step():
+    weight = weights(60, 50)
+    packed = pack("int8", weight)
+    scale = np.abs(weight).max(axis=1) / 127
+    assert np.allclose(packed.scale.reshape(-1)[:60], scale)
+    assert (np.abs(unpacked(packed) - weight) <= 0.5001 * scale[:, None]).all()
+    assert np.array_equal(packed.aux, -128 * packed.data.sum(axis=(1, 3), dtype=np.int32))
+
+
+def test_int4_keeps_the_largest_value_and_rounds_the_rest():
+    weight = weights(50, 96)
+    groups = weight.reshape(50, 3, 32)
+    largest = np.abs(groups).max(axis=2, keepdims=True)
+    error = np.abs(unpacked(pack("int4", weight)).reshape(50, 3, 32) - groups)
+    assert (error <= largest * (1 / 8 + 1e-3)).all()  # 7 at most on one side: a step where -8 is the largest
+    assert np.median(error / largest) < 1 / 16
+    at_largest = np.take_along_axis(error, np.abs(groups).argmax(axis=2)[..., None], axis=2)
+    assert (at_largest <= largest * 1e-3).all()
+
+
+def test_values_that_int4_can_store_come_back_unchanged():
+    q = np.random.default_rng(0).integers(0, 16, (4, 32))
+    q[:, 0] = 0  # -8, the largest
+    values = ((q - 8) * np.float32(0.25)).astype(np.float32)
+    nibbles, scale = quantise_groups(values)
+    assert np.array_equal((nibbles.astype(int) - 8) * scale[:, None].astype(np.float32), values)
+
+
+def test_bfloat16_rounds_to_nearest_even():
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -3.1415927, 1e-40, np.inf, -np.inf, np.nan, 3.4e38], np.float32)
+    rounded = bfloat16_values(to_bfloat16(values))
+    assert rounded[1] == 1.0 and rounded[2] == 1 + 2**-6
+    assert np.isnan(rounded[7]) and rounded[5] == np.inf and rounded[6] == -np.inf
+    finite = np.isfinite(rounded) & (np.abs(values) > 1e-38)
+    assert (np.abs(rounded[finite] - values[finite]) <= np.abs(values[finite]) * 2**-8).all()
+
+
+def test_unknown_format():
+    with pytest.raises(ConfigError, match="no weight format 'int3'"):
+        allocate("int3", 4, 4)
