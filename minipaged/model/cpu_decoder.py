@@ -13,7 +13,8 @@ from minipaged.model.rope import rope_tables
 from minipaged.model.weights import Linear, ModelWeights, Norm, Pack
 from minipaged.ops.cpu import attention, embedding, packing
 from minipaged.ops.cpu.elementwise import ACTIVATIONS
-from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
+from minipaged.ops.cpu.kv import CpuKVCache, KVLayout, write_phase
+from minipaged.ops.cpu.moe import experts_phase
 from minipaged.ops.cpu.packing import PackedWeight, aligned_zeros, padded_rows
 from minipaged.ops.cpu.products import product_kernel
 from minipaged.ops.cpu.step import step_function
@@ -71,8 +72,8 @@ class CpuDecoder:
         self._linear_table = np.array(self._linears, LINEAR)
         self._queries_per_tile = attention.queries_per_tile(config.num_heads // config.num_kv_heads)
         self._counters = np.zeros(config.num_layers, np.int64)
-        self._model["counters"] = self._counters.ctypes.data
-        step = step_function(kv_cache.layout.dtype)
+        self._fill_addresses()
+        step = step_function()
         arrays = (self._model, self._layers, self._linear_table)
         self._everything = (self._keep, weights, kv_cache, self._counters)
         self.team.start(_Work(step, arrays, self._everything))
@@ -204,6 +205,18 @@ class CpuDecoder:
             model["embedding_format"] = embedding.FORMATS[
                 "float32 rows" if table.dtype == np.float32 else "bfloat16 rows"
             ]
+
+    def _fill_addresses(self) -> None:
+        """Where the tables are, and the phases that this model needs."""
+        model, dtype = self._model, self.kv_cache.layout.dtype
+        model["counters"] = self._counters.ctypes.data
+        model["address"] = model.ctypes.data
+        model["layer_table"] = self._layers.ctypes.data
+        model["linear_table"] = self._linear_table.ctypes.data
+        model["write_phase"] = write_phase(dtype).address
+        model["attention_phase"] = attention.attention_phase(dtype).address
+        if self.config.num_experts:
+            model["experts_phase"] = experts_phase().address
 
     def _allocate_buffers(self, layout: KVLayout, num_threads: int) -> None:
         """Rows for every token of the largest step; the system provides what is used."""

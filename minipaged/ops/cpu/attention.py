@@ -18,14 +18,18 @@ that a row does not see add exact zeros; chunks are fixed by position and combin
 from __future__ import annotations
 
 import math
+from functools import cache
 
 from llvmlite import ir
+from numba.core.ccallback import CFunc
 
 from . import vector_math
-from .elementwise import GROUP, soft_cap
+from .compile_cache import c_function
+from .elementwise import GROUP, blend, clear, copy, divide, scale, soft_cap
 from .emit import F32, I8, I16, I32, I64, Emitter, kernel, vector
-from .kv import TOKENS
-from .memory import compiled, floats, ints32
+from .kv import ITEM_BYTES, TOKENS
+from .memory import compiled, float_bits, floats, ints32
+from .phases import PHASE_SIGNATURE, layer_at, model_at
 
 CHUNK = 256  # positions; a whole number of blocks, whose size is a power of two up to 256
 TALLEST = 6  # rows of a kernel: 6 x 16 scores fill 12 vectors of AVX2
@@ -180,20 +184,17 @@ def _combine(rows, padded_dim, part, part_result, total, total_result):
     """Fold a chunk's weighted values into those of the chunks before it."""
     for row in range(rows):
         new, old = floats(part_result + 8 * row, 2), floats(total_result + 8 * row, 2)
+        x, y = total + 4 * padded_dim * row, part + 4 * padded_dim * row
         if new[1] == 0:  # the row sees nothing of this chunk
             continue
-        x, y = floats(total + 4 * padded_dim * row, padded_dim), floats(part + 4 * padded_dim * row, padded_dim)
         if old[1] == 0:
             old[0], old[1] = new[0], new[1]
-            for i in range(padded_dim):
-                x[i] = y[i]
+            copy(y, x, padded_dim)
             continue
         maximum = max(old[0], new[0])
         old_factor, new_factor = math.exp(old[0] - maximum), math.exp(new[0] - maximum)
-        for i in range(padded_dim):
-            x[i] = x[i] * old_factor + y[i] * new_factor
-        old[1] = old[1] * old_factor + new[1] * new_factor
-        old[0] = maximum
+        blend(x, float_bits(old_factor), y, float_bits(new_factor), padded_dim)
+        old[0], old[1] = maximum, old[1] * old_factor + new[1] * new_factor
 
 
 @compiled
@@ -203,22 +204,23 @@ def _height(rows_left):
     return (rows_left + calls - 1) // calls
 
 
-def build_attend(dtype: str, item_bytes: int):
-    """The function that computes one item: ``attend(model, cache, window, tile, kv_head, scratch)``.
-
-    ``model`` is the record :data:`~minipaged.ops.cpu.tables.MODEL`, ``cache`` the address of the layer's blocks,
-    ``window`` the tokens a query sees (0: all), ``scratch`` memory of :func:`scratch_bytes`.
-    """
+@cache
+def attention_phase(dtype: str) -> CFunc:
+    """The phase that computes item ``index``: KV head ``index % num_kv_heads`` of tile ``index // num_kv_heads``."""
+    item_bytes = ITEM_BYTES[dtype]
     score, weigh = _score_kernel(dtype, item_bytes), _weigh_kernel(dtype, item_bytes)
 
-    @compiled
-    def attend(model, cache, window, tile, kv_head, scratch):
-        entry = ints32(model.tiles + 16 * tile, 4)
-        sequence, first_row, num_queries, first_position = entry[0], entry[1], entry[2], entry[3]
+    @c_function(PHASE_SIGNATURE, f"attention-{dtype}")
+    def attend(model_address, layer_address, linears, index, thread, num_threads):
+        model, layer = model_at(model_address), layer_at(layer_address)
         dim, padded_dim, block_size = model.head_dim, model.padded_dim, model.block_size
         heads = model.num_heads // model.num_kv_heads
+        kv_head = index % model.num_kv_heads
+        entry = ints32(model.tiles + 16 * (index // model.num_kv_heads), 4)
+        sequence, first_row, num_queries, first_position = entry[0], entry[1], entry[2], entry[3]
         rows = num_queries * heads
-        q = scratch
+        # Working memory: queries, scores, a chunk's weighted values and theirs so far, (max, sum) of both.
+        q = model.scratch + thread * model.scratch_bytes
         scores = q + 4 * rows * dim
         part = scores + 4 * rows * CHUNK
         total = part + 4 * rows * padded_dim
@@ -226,11 +228,10 @@ def build_attend(dtype: str, item_bytes: int):
         total_result = part_result + 8 * rows
         for query in range(num_queries):
             source = model.qkv + (first_row + query) * model.qkv_stride + 4 * kv_head * heads * dim
-            x, y = floats(source, heads * dim), floats(q + 4 * query * heads * dim, heads * dim)
-            for i in range(heads * dim):
-                y[i] = x[i] * model.attention_scale
-        floats(total_result, 2 * rows)[:] = 0
+            scale(source, float_bits(model.attention_scale), q + 4 * query * heads * dim, heads * dim)
+        clear(total_result, 2 * rows)
 
+        window = layer.window
         end = first_position + num_queries
         begin = max(0, first_position - window + 1) if window else 0
         block_table = ints32(model.block_tables + sequence * model.block_table_stride, end)
@@ -241,16 +242,13 @@ def build_attend(dtype: str, item_bytes: int):
             first_block = max(origin, begin) // block_size
             last = min(origin + CHUNK, end)
             last_block = (last + block_size - 1) // block_size
-            for index in range(first_block, last_block):
-                block = cache + block_table[index] * model.block_bytes
-                following = cache + block_table[min(index + 1, last_block - 1)] * model.block_bytes
-                position = index * block_size
+            for number in range(first_block, last_block):
+                block = layer.cache + block_table[number] * model.block_bytes
+                following = layer.cache + block_table[min(number + 1, last_block - 1)] * model.block_bytes
+                position = number * block_size
                 for token in range(0, min(block_size, last - position), width):
                     keys = block + k_head + token * dim * item_bytes
-                    scales = block + k_head + block_size * dim * item_bytes + 4 * token
-                    target = scores + 4 * (position + token - origin)
-                    ahead = keys + width * dim * item_bytes if token + width < block_size else following + k_head
-                    values = block + v_head + token * padded_dim * item_bytes
+                    next_keys = keys + width * dim * item_bytes if token + width < block_size else following + k_head
                     row = 0
                     while row < rows:
                         height = _height(rows - row) if width == TOKENS else 1
@@ -260,44 +258,42 @@ def build_attend(dtype: str, item_bytes: int):
                             4 * dim,
                             keys,
                             dim,
-                            scales,
-                            target + 4 * row * CHUNK,
-                            ahead,
-                            values,
+                            block + k_head + block_size * dim * item_bytes + 4 * token,
+                            scores + 4 * (row * CHUNK + position + token - origin),
+                            next_keys,
+                            block + v_head + token * padded_dim * item_bytes,
                         )
                         row += height
+
             first_group = (first_block * block_size - origin) // GROUP
             last_group = (last - origin + GROUP - 1) // GROUP
             for row in range(rows):
                 position = first_position + row // heads
                 low = max(0, position - window + 1) if window else 0
+                row_scores = scores + 4 * row * CHUNK
                 if model.attention_soft_cap > 0:
                     soft_cap(
-                        scores + 4 * (row * CHUNK + first_group * GROUP),
-                        model.attention_soft_cap,
-                        (last_group - first_group) * GROUP,
+                        row_scores + 4 * GROUP * first_group,
+                        float_bits(model.attention_soft_cap),
+                        GROUP * (last_group - first_group),
                     )
                 _softmax(
-                    scores + 4 * row * CHUNK,
-                    first_group,
-                    last_group,
-                    low - origin,
-                    position + 1 - origin,
-                    part_result + 8 * row,
+                    row_scores, first_group, last_group, low - origin, position + 1 - origin, part_result + 8 * row
                 )
-            floats(part, rows * padded_dim)[:] = 0
-            for index in range(first_block, last_block):
-                block = cache + block_table[index] * model.block_bytes + v_head
-                position = index * block_size
+
+            clear(part, rows * padded_dim)
+            for number in range(first_block, last_block):
+                values = layer.cache + block_table[number] * model.block_bytes + v_head
+                position = number * block_size
                 row = 0
                 while row < rows:
                     height = _height(rows - row)
                     weigh(
                         height,
                         scores + 4 * (row * CHUNK + position - origin),
-                        block,
+                        values,
                         min(block_size, last - position),
-                        block + block_size * padded_dim * item_bytes,
+                        values + block_size * padded_dim * item_bytes,
                         part + 4 * row * padded_dim,
                         padded_dim // GROUP,
                     )
@@ -307,9 +303,7 @@ def build_attend(dtype: str, item_bytes: int):
         for row in range(rows):
             query, head = row // heads, kv_head * heads + row % heads
             target = model.attended + (first_row + query) * model.attended_stride + 4 * head * dim
-            x, y = floats(total + 4 * row * padded_dim, dim), floats(target, dim)
             divisor = floats(total_result + 8 * row, 2)[1]
-            for i in range(dim):
-                y[i] = x[i] / divisor
+            divide(total + 4 * row * padded_dim, float_bits(divisor), target, dim)
 
     return attend

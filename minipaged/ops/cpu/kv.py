@@ -14,11 +14,16 @@ token's KV never depends on its neighbours; the ``block_size`` float32 scales fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
+from numba.core.ccallback import CFunc
 
-from .memory import bytes8, compiled, floats, words16, words32
+from .compile_cache import c_function
+from .elementwise import add, norm, rope
+from .memory import bytes8, compiled, floats, ints32, ints64, words16, words32
 from .packing import aligned_zeros, round_up
+from .phases import PHASE_SIGNATURE, layer_at, linear_at, model_at
 
 TOKENS = 16  # keys side by side
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -90,7 +95,7 @@ class CpuKVCache:
 
 
 @compiled
-def to_bfloat16(bits):
+def _to_bfloat16(bits):
     """float32 bits rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
     if bits & np.uint32(0x7FFFFFFF) > np.uint32(0x7F800000):
         return np.uint16(0x7FC0)
@@ -98,7 +103,7 @@ def to_bfloat16(bits):
 
 
 @compiled
-def quantisation_scale(x):
+def _quantisation_scale(x):
     """The scale that makes the largest magnitude of ``x`` 127; NaN if a value is NaN or infinite."""
     largest, poison = np.float32(0), np.float32(0)
     for i in range(len(x)):
@@ -108,11 +113,11 @@ def quantisation_scale(x):
 
 
 @compiled
-def quantise(value, inverse):
+def _quantise(value, inverse):
     return np.int8(min(max(np.rint(value * inverse), np.float32(-127)), np.float32(127)))
 
 
-def build_write(dtype: str):
+def _build_write(dtype: str):
     """The function that stores one token's K and V of one head.
 
     ``write(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales)``: float32
@@ -143,10 +148,10 @@ def build_write(dtype: str):
         def write(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
             source, target = words32(k, dim), words16(k_part + 2 * k_index(offset, width, dim), dim * width)
             for i in range(dim):
-                target[i * width] = to_bfloat16(source[i])
+                target[i * width] = _to_bfloat16(source[i])
             source, target = words32(v, dim), words16(v_part + 2 * offset * padded_dim, padded_dim)
             for i in range(dim):
-                target[i] = to_bfloat16(source[i])
+                target[i] = _to_bfloat16(source[i])
             for i in range(dim, padded_dim):
                 target[i] = 0
 
@@ -155,18 +160,68 @@ def build_write(dtype: str):
         @compiled
         def write(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
             source, target = floats(k, dim), bytes8(k_part + k_index(offset, width, dim), dim * width)
-            scale = quantisation_scale(source)
+            scale = _quantisation_scale(source)
             inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
             for i in range(dim):
-                target[i * width] = quantise(source[i], inverse)
+                target[i * width] = _quantise(source[i], inverse)
             floats(k_scales, offset + 1)[offset] = scale
             source, target = floats(v, dim), bytes8(v_part + offset * padded_dim, padded_dim)
-            scale = quantisation_scale(source)
+            scale = _quantisation_scale(source)
             inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
             for i in range(dim):
-                target[i] = quantise(source[i], inverse)
+                target[i] = _quantise(source[i], inverse)
             for i in range(dim, padded_dim):
                 target[i] = 0
             floats(v_scales, offset + 1)[offset] = scale
 
     return write
+
+
+@compiled
+def _finish_heads(model, layer, linear, row):
+    """Biases, norms and rope of one token's q, k and v."""
+    qkv = model.qkv + row * model.qkv_stride
+    if linear.bias:
+        add(qkv, linear.bias, linear.num_outputs)
+    rotation = 4 * ints32(model.positions, row + 1)[row] * layer.rotary_half
+    dim = model.head_dim
+    for head in range(model.num_heads + model.num_kv_heads):
+        x = qkv + 4 * head * dim
+        if model.qk_norm:
+            is_query = head < model.num_heads
+            weight = layer.q_norm if is_query else layer.k_norm
+            norm(model, x, weight, layer.q_norm_bias if is_query else layer.k_norm_bias, x, dim)
+        if layer.rotary_half:
+            rope(x, layer.cos + rotation, layer.sin + rotation, layer.rotary_half)
+
+
+@cache
+def write_phase(dtype: str) -> CFunc:
+    """The phase that finishes q, k and v of row ``index`` (bias, norms, rope) and stores k and v."""
+    write, item_bytes = _build_write(dtype), ITEM_BYTES[dtype]
+
+    @c_function(PHASE_SIGNATURE, f"write-{dtype}")
+    def finish_and_write(model_address, layer_address, linears, row, thread, num_threads):
+        model, layer = model_at(model_address), layer_at(layer_address)
+        _finish_heads(model, layer, linear_at(linears, layer.qkv), row)
+        dim, size = model.head_dim, model.block_size
+        slot = ints64(model.slot_mapping, row + 1)[row]
+        block = layer.cache + slot // size * model.block_bytes
+        k = model.qkv + row * model.qkv_stride + 4 * model.num_heads * dim
+        for head in range(model.num_kv_heads):
+            k_part = block + head * model.k_bytes
+            v_part = block + model.num_kv_heads * model.k_bytes + head * model.v_bytes
+            write(
+                k + 4 * head * dim,
+                k + 4 * (model.num_kv_heads + head) * dim,
+                dim,
+                k_part,
+                v_part,
+                slot % size,
+                min(size, TOKENS),
+                model.padded_dim,
+                k_part + size * dim * item_bytes,
+                v_part + size * model.padded_dim * item_bytes,
+            )
+
+    return finish_and_write

@@ -13,8 +13,12 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-compiled = partial(njit, error_model="numpy", nogil=True)
-"""``njit`` as this package uses it: a division by zero gives infinity, as in C, so that loops vectorise."""
+compiled = partial(njit, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""``njit`` for functions that only compiled code calls.
+
+A division by zero gives infinity, as in C, so that loops vectorise; nothing is made to call it from
+Python, which takes a good part of the time to compile it.
+"""
 
 
 @intrinsic

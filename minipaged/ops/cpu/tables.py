@@ -57,7 +57,9 @@ MODEL = _record(
     "prepared prepared_scale scratch scratch_bytes "
     # Experts: see moe.py.
     "expert_ids expert_weights expert_slots expert_starts expert_rows expert_input "
-    # Threads: see team.py.
-    "barrier counters",
+    # Threads: see team.py; counters: int64 [num_layers], the next item of each layer's attention.
+    "barrier counters "
+    # Addresses of this record, of the tables, and of the phases that the model uses.
+    "address layer_table linear_table write_phase attention_phase experts_phase",
 )
 """The model, its buffers and the batch of the step."""

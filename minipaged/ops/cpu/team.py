@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from minipaged.errors import EngineClosedError
@@ -167,7 +167,7 @@ def wait_for_step(mailbox, seen):
 @cache
 def _ring() -> Callable[[int, int], int]:
     """``ring(mailbox, number)``: put the number of a step, or STOP, into a mailbox; returns what was there."""
-    function = compiled(lambda mailbox, number: _exchange(mailbox, number))
+    function = njit(lambda mailbox, number: _exchange(mailbox, number))
     keep(function, "team-ring")
     function.compile("int64(int64, int64)")
     return function
