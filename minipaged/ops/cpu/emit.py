@@ -74,9 +74,9 @@ class Emitter:
         """``a * b`` of int64; ``b`` may be a Python int."""
         return self.builder.mul(a, self.const(b) if isinstance(b, int) else b)
 
-    def div(self, a: ir.Value, b: int) -> ir.Value:
-        """``a // b`` of non-negative int64."""
-        return self.builder.udiv(a, self.const(b))
+    def div(self, a: ir.Value, b: ir.Value | int) -> ir.Value:
+        """``a // b`` of non-negative int64; ``b`` may be a Python int."""
+        return self.builder.udiv(a, self.const(b) if isinstance(b, int) else b)
 
     # ---- memory
 

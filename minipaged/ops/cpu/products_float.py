@@ -11,13 +11,14 @@ With AVX-512 BF16, x is rounded to bfloat16, too, and ``vdpbf16ps`` multiplies a
 
 from __future__ import annotations
 
+from llvmlite import ir
 from numba import njit
 
 from . import features
 from .emit import I32, Emitter
 from .products import ProductKernel
 from .quantize import prepare_bfloat16
-from .tiles import PANEL, no_bytes, product_function, rows_of, store_tile, strips
+from .tiles import PANEL, Strip, Tile, no_bytes, product_function, rows_of
 
 
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
@@ -28,97 +29,76 @@ def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
     return {1: 6, 2: 3, 3: 3, 4: 2, 5: 2, 6: 2}  # 6 x 2: 12 of 16
 
 
-def emit_float32(
-    e: Emitter, height, width, x, x_stride, x_scale, w, w_scale, w_aux, K, out, out_stride, accumulate
-):
-    """``height`` rows times one panel of float32 weights."""
-    strip_bytes = width * e.isa.vector_bytes
+def emit_float32(e: Emitter, tile: Tile) -> None:
+    """Rows times float32 weights."""
 
-    def strip(index):
-        w_strip = e.add(w, e.mul(index, strip_bytes))
-
+    def strip(strip: Strip) -> None:
         def step(k, totals):
-            weights = [e.load(e.add(w_k(k), i * e.isa.vector_bytes), e.f32) for i in range(width)]
-            return multiply_add(e, totals, x, x_stride, e.mul(k, 4), weights)
+            strip.prefetch(e, k)
+            return multiply_add(e, tile, totals, e.mul(k, 4), strip.load(e, k, e.f32))
 
-        def w_k(k):
-            return e.add(w_strip, e.mul(k, 4 * PANEL))
+        strip.store(e, rows_of(e.loop(tile.K, zeros(e, tile), step), tile.width))
 
-        totals = e.loop(K, [e.constant(e.f32, 0.0)] * (height * width), step)
-        store_tile(e, rows_of(totals, width), e.add(out, e.mul(index, strip_bytes)), out_stride, accumulate)
-
-    strips(e, width, strip)
+    tile.strips(e, tile.K, strip)
 
 
-def emit_bfloat16(
-    e: Emitter, height, width, x, x_stride, x_scale, w, w_scale, w_aux, K, out, out_stride, accumulate
-):
-    """``height`` rows times one panel of bfloat16 weights, widened to float32."""
-    strip_bytes = width * e.isa.vector_bytes
+def emit_bfloat16(e: Emitter, tile: Tile) -> None:
+    """Rows times bfloat16 weights, widened to float32."""
     sixteen, upper = e.constant(e.i32, 16), e.constant(e.i32, -65536)
+    pairs = e.div(tile.K, 2)
 
-    def strip(index):
-        w_strip = e.add(w, e.mul(index, strip_bytes))
+    def first(words):
+        return [e.bitcast(e.builder.shl(word, sixteen), e.f32) for word in words]
 
-        def words(pair):
-            address = e.add(w_strip, e.mul(pair, 4 * PANEL))
-            return [e.load(e.add(address, i * e.isa.vector_bytes), e.i32) for i in range(width)]
+    def second(words):
+        return [e.bitcast(e.builder.and_(word, upper), e.f32) for word in words]
 
-        def first(words):
-            return [e.bitcast(e.builder.shl(word, sixteen), e.f32) for word in words]
-
-        def second(words):
-            return [e.bitcast(e.builder.and_(word, upper), e.f32) for word in words]
-
+    def strip(strip: Strip) -> None:
         def step(pair, totals):
-            loaded = words(pair)
-            offset = e.mul(pair, 8)
-            totals = multiply_add(e, totals, x, x_stride, offset, first(loaded))
-            return multiply_add(e, totals, x, x_stride, e.add(offset, 4), second(loaded))
+            strip.prefetch(e, pair)
+            words, offset = strip.load(e, pair, e.i32), e.mul(pair, 8)
+            totals = multiply_add(e, tile, totals, offset, first(words))
+            return multiply_add(e, tile, totals, e.add(offset, 4), second(words))
 
-        def odd_end(_, totals):
-            pair = e.div(K, 2)
-            return multiply_add(e, totals, x, x_stride, e.mul(pair, 8), first(words(pair)))
+        def odd_end(_, totals):  # x has no k to go with the padding
+            return multiply_add(e, tile, totals, e.mul(pairs, 8), first(strip.load(e, pairs, e.i32)))
 
-        totals = e.loop(e.div(K, 2), [e.constant(e.f32, 0.0)] * (height * width), step)
-        totals = e.loop(e.builder.and_(K, e.const(1)), totals, odd_end)
-        store_tile(e, rows_of(totals, width), e.add(out, e.mul(index, strip_bytes)), out_stride, accumulate)
+        totals = e.loop(pairs, zeros(e, tile), step)
+        totals = e.loop(e.builder.and_(tile.K, e.const(1)), totals, odd_end)
+        strip.store(e, rows_of(totals, tile.width))
 
-    strips(e, width, strip)
+    tile.strips(e, pairs, strip)
 
 
-def emit_bfloat16_dot(
-    e: Emitter, height, width, x, x_stride, x_scale, w, w_scale, w_aux, K, out, out_stride, accumulate
-):
-    """``height`` rows of bfloat16 times one panel of bfloat16 weights, by ``vdpbf16ps``."""
-    strip_bytes = width * e.isa.vector_bytes
+def emit_bfloat16_dot(e: Emitter, tile: Tile) -> None:
+    """Rows of bfloat16 times bfloat16 weights, by ``vdpbf16ps``."""
+    pairs = e.div(e.add(tile.K, 1), 2)
 
-    def strip(index):
-        w_strip = e.add(w, e.mul(index, strip_bytes))
-
+    def strip(strip: Strip) -> None:
         def step(pair, totals):
-            address = e.add(w_strip, e.mul(pair, 4 * PANEL))
-            words = [e.load(e.add(address, i * e.isa.vector_bytes), e.i32) for i in range(width)]
-            result = []
-            for row in range(height):
-                values = e.load_broadcast(e.add(e.add(x, e.mul(x_stride, row)), e.mul(pair, 4)), I32)
-                result += [e.dot_accumulate_bf16(totals[row * width + i], words[i], values) for i in range(width)]
+            strip.prefetch(e, pair)
+            words, result = strip.load(e, pair, e.i32), []
+            for row, sums in enumerate(rows_of(totals, tile.width)):
+                values = e.load_broadcast(e.add(tile.row(e, row), e.mul(pair, 4)), I32)
+                result += [e.dot_accumulate_bf16(total, word, values) for total, word in zip(sums, words, strict=True)]
             return result
 
-        pairs = e.div(e.add(K, 1), 2)
-        totals = e.loop(pairs, [e.constant(e.f32, 0.0)] * (height * width), step)
-        store_tile(e, rows_of(totals, width), e.add(out, e.mul(index, strip_bytes)), out_stride, accumulate)
+        strip.store(e, rows_of(e.loop(pairs, zeros(e, tile), step), tile.width))
 
-    strips(e, width, strip)
+    tile.strips(e, pairs, strip)
 
 
-def multiply_add(e: Emitter, totals, x, x_stride, offset, weights):
-    """One k of a tile: every accumulator gains ``x[row, k] * weight[vector]``."""
-    width = len(weights)
+def zeros(e: Emitter, tile: Tile) -> list[ir.Value]:
+    """Accumulators of a tile at the start."""
+    return [e.constant(e.f32, 0.0)] * (tile.height * tile.width)
+
+
+def multiply_add(e: Emitter, tile: Tile, totals, offset, weights) -> list[ir.Value]:
+    """One k of a tile: every accumulator gains ``x[row, k] * weight[vector]``; ``offset`` is k in bytes."""
     result = []
-    for row in range(len(totals) // width):
-        value = e.load_broadcast(e.add(e.add(x, e.mul(x_stride, row)), offset))
-        result += [e.fma(value, weights[i], totals[row * width + i]) for i in range(width)]
+    for row, sums in enumerate(rows_of(totals, tile.width)):
+        value = e.load_broadcast(e.add(tile.row(e, row), offset))
+        result += [e.fma(value, weight, total) for weight, total in zip(weights, sums, strict=True)]
     return result
 
 

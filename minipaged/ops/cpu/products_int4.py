@@ -22,6 +22,7 @@ How the 32 products of a group and output are added:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from numba import njit
 
@@ -29,7 +30,7 @@ from . import features
 from .emit import F16, I16, I32, Emitter, vector
 from .products import ProductKernel
 from .quantize import prepare_integers, value_bytes
-from .tiles import PANEL, product_function, rows_of, store_tile, strips
+from .tiles import PANEL, Strip, Tile, product_function, rows_of
 
 GROUP = 32
 WORDS = GROUP // 8  # words of one output in a group
@@ -42,63 +43,41 @@ def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
     return {1: 3, 2: 2, 3: 1, 4: 1, 5: 1, 6: 1}
 
 
-def emit_int4(
-    add_group: Callable,
-    element_size: int,
-    e: Emitter,
-    height: int,
-    width: int,
-    x,
-    x_stride,
-    x_scale,
-    w,
-    w_scale,
-    w_aux,
-    K,
-    out,
-    out_stride,
-    accumulate,
-):
-    """``height`` rows times one panel.
+def emit_int4(add_group: Callable, value_size: int, e: Emitter, tile: Tile) -> None:
+    """Rows times int4 weights, group by group.
 
-    ``add_group(e, words, rows)`` returns ``[row][vector]`` int32 sums of one group, without the start
-    value: ``words[n][vector]`` are its packed weights, ``rows`` the addresses of its prepared x.
+    ``add_group(e, words, rows)`` returns int32 sums ``[row][vector]`` of one group, without what they
+    start with: ``words`` yields its packed weights ``[vector]``, ``rows`` the addresses of its prepared x.
     """
-    groups = e.div(e.add(K, GROUP - 1), GROUP)
-    row_addresses = [e.add(x, e.mul(x_stride, row)) for row in range(height)]
-    sums_offset = e.mul(groups, GROUP * element_size)
+    groups = e.div(e.add(tile.K, GROUP - 1), GROUP)
+    sums_at = e.mul(groups, GROUP * value_size)  # in a row of x
 
-    def strip(index):
-        offset = e.mul(index, width * e.isa.vector_bytes)
-        half_offset = e.mul(index, width * e.isa.vector_bytes // 2)
-
+    def strip(strip: Strip) -> None:
         def group(g, totals):
-            w_group = e.add(e.add(w, offset), e.mul(g, WORDS * 4 * PANEL))
-            rows = [e.add(address, e.mul(g, GROUP * element_size)) for address in row_addresses]
-
-            def words(n):
-                address = e.add(w_group, n * 4 * PANEL)
-                return [e.load(e.add(address, i * e.isa.vector_bytes), e.i32) for i in range(width)]
-
-            sums = add_group(e, words, rows, width)
-            scales_at = e.add(e.add(w_scale, half_offset), e.mul(g, 2 * PANEL))
-            scales = [load_half(e, e.add(scales_at, 2 * e.lanes * i)) for i in range(width)]
+            step = e.mul(g, WORDS)
+            strip.prefetch(e, step, WORDS)
+            words = (strip.load(e, e.add(step, n), e.i32) for n in range(WORDS))  # loaded when they are needed
+            rows = [e.add(tile.row(e, row), e.mul(g, GROUP * value_size)) for row in range(tile.height)]
+            sums = add_group(e, words, rows)
+            half = e.div(strip.offset, 2)  # scales take two bytes where a word takes four
+            scales_at = e.add(e.add(tile.w_scale, half), e.mul(g, 2 * PANEL))
+            scales = [load_half(e, e.add(scales_at, 2 * e.lanes * i)) for i in range(tile.width)]
             result = []
-            for row, address in enumerate(row_addresses):
-                start = e.load_broadcast(e.add(e.add(address, sums_offset), e.mul(g, 4)), I32)
-                for i in range(width):
+            for row, values in enumerate(rows_of(totals, tile.width)):
+                start = e.load_broadcast(e.add(e.add(tile.row(e, row), sums_at), e.mul(g, 4)), I32)
+                for i, total in enumerate(values):
                     exact = e.to_float(e.builder.add(sums[row][i], start))
-                    result.append(e.fma(exact, scales[i], totals[row * width + i]))
+                    result.append(e.fma(exact, scales[i], total))
             return result
 
-        totals = e.loop(groups, [e.constant(e.f32, 0.0)] * (height * width), group)
-        tile = []
-        for row, values in enumerate(rows_of(totals, width)):
-            token_scale = e.load_broadcast(e.add(x_scale, 4 * row))
-            tile.append([e.fmul(value, token_scale) for value in values])
-        store_tile(e, tile, e.add(out, offset), out_stride, accumulate)
+        totals = e.loop(groups, [e.constant(e.f32, 0.0)] * (tile.height * tile.width), group)
+        values = []
+        for row, sums in enumerate(rows_of(totals, tile.width)):
+            token_scale = e.load_broadcast(e.add(tile.x_scale, 4 * row))
+            values.append([e.fmul(value, token_scale) for value in sums])
+        strip.store(e, values)
 
-    strips(e, width, strip)
+    tile.strips(e, e.mul(groups, WORDS), strip)
 
 
 def nibbles(e: Emitter, word):
@@ -123,50 +102,51 @@ def load_half(e: Emitter, address):
     return e.fmul(e.bitcast(b.or_(magnitude, sign), e.f32), e.constant(e.f32, 2.0**112))
 
 
-def add_group_vnni(e: Emitter, words, rows, width):
+def add_group_vnni(e: Emitter, words, rows):
     """``vpdpbusd`` over the 8 quads of a group; rows are ``bytes``."""
-    sums = [[e.constant(e.i32, 0)] * width for _ in rows]
-    for n in range(WORDS):
-        quads = [nibbles(e, word) for word in words(n)]
+    sums = [{} for _ in rows]
+    for n, vectors in enumerate(words):
+        halves = [nibbles(e, word) for word in vectors]
         for high in (0, 1):
             for row, address in enumerate(rows):
                 values = e.bitcast(e.load_broadcast(e.add(address, 8 * n + 4 * high), I32), e.i8)
-                for i in range(width):
-                    weights = e.bitcast(quads[i][high], e.i8)
-                    sums[row][i] = e.dot_accumulate_u8_i8(sums[row][i], weights, values)
+                for i, half in enumerate(halves):
+                    before = sums[row].get(i, e.constant(e.i32, 0))
+                    sums[row][i] = e.dot_accumulate_u8_i8(before, e.bitcast(half[high], e.i8), values)
     return sums
 
 
-def add_group_pmaddubsw(e: Emitter, words, rows, width):
+def add_group_pmaddubsw(e: Emitter, words, rows):
     """``pmaddubsw`` over the 8 quads of a group, added up in int16; rows are ``bytes``."""
-    sums = [[None] * width for _ in rows]
-    for n in range(WORDS):
-        quads = [nibbles(e, word) for word in words(n)]
+    sums = [{} for _ in rows]
+    for n, vectors in enumerate(words):
+        halves = [nibbles(e, word) for word in vectors]
         for high in (0, 1):
             for row, address in enumerate(rows):
                 values = e.bitcast(e.load_broadcast(e.add(address, 8 * n + 4 * high), I32), e.i8)
-                for i in range(width):
-                    product = e.dot_u8_i8_saturating(e.bitcast(quads[i][high], e.i8), values)
-                    sums[row][i] = product if sums[row][i] is None else e.builder.add(sums[row][i], product)
+                for i, half in enumerate(halves):
+                    product = e.dot_u8_i8_saturating(e.bitcast(half[high], e.i8), values)
+                    sums[row][i] = e.builder.add(sums[row][i], product) if i in sums[row] else product
     ones = e.constant(e.i16, 1)
-    return [[e.dot_i16(total, ones) for total in row] for row in sums]
+    return [{i: e.dot_i16(total, ones) for i, total in row.items()} for row in sums]
 
 
-def add_group_pmaddwd(e: Emitter, words, rows, width):
+def add_group_pmaddwd(e: Emitter, words, rows):
     """``pmaddwd`` over even and odd bytes of the 8 quads of a group; rows are ``pairs``."""
     b = e.builder
-    sums = [[e.constant(e.i32, 0)] * width for _ in rows]
-    for n in range(WORDS):
-        quads = [nibbles(e, word) for word in words(n)]
+    eight, low_byte = e.constant(e.i16, 8), e.constant(e.i16, 0xFF)
+    sums = [{} for _ in rows]
+    for n, vectors in enumerate(words):
+        halves = [nibbles(e, word) for word in vectors]
         for high in (0, 1):
             for odd in (0, 1):
-                for i in range(width):
-                    both = quads[i][high]
-                    weights = b.lshr(both, e.constant(e.i16, 8)) if odd else b.and_(both, e.constant(e.i16, 0xFF))
-                    for row, address in enumerate(rows):
-                        at = e.add(address, 16 * n + 8 * high + 4 * odd)
-                        values = e.bitcast(e.load_broadcast(at, I32), e.i16)
-                        sums[row][i] = b.add(sums[row][i], e.dot_i16(weights, values))
+                weights = [b.lshr(half[high], eight) if odd else b.and_(half[high], low_byte) for half in halves]
+                for row, address in enumerate(rows):
+                    at = e.add(address, 16 * n + 8 * high + 4 * odd)
+                    values = e.bitcast(e.load_broadcast(at, I32), e.i16)
+                    for i, weight in enumerate(weights):
+                        before = sums[row].get(i, e.constant(e.i32, 0))
+                        sums[row][i] = b.add(before, e.dot_i16(weight, values))
     return sums
 
 
@@ -191,9 +171,7 @@ def build(format: str) -> ProductKernel:
         add_group, layout = add_group_pmaddwd, "pairs"
     size = value_bytes(layout)
 
-    def emit(*arguments):
-        emit_int4(add_group, size, *arguments)
-
+    emit = partial(emit_int4, add_group, size)
     product = product_function("product-int4", tile_shapes(isa), emit, panel_bytes, scale_bytes)
     prepare = prepare_integers(layout, GROUP, with_group_sums=True)
 

@@ -20,13 +20,14 @@ pairs of int16, with shifts that all rows of a tile share; x comes as int16 in t
 
 from __future__ import annotations
 
+from llvmlite import ir
 from numba import njit
 
 from . import features
 from .emit import I32, Emitter
 from .products import ProductKernel
 from .quantize import prepare_integers, value_bytes
-from .tiles import PANEL, product_function, rows_of, store_tile, strips
+from .tiles import PANEL, Strip, Tile, product_function, rows_of
 
 
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
@@ -37,78 +38,63 @@ def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
     return {1: 3, 2: 3, 3: 3, 4: 2}
 
 
-def emit_vnni(e: Emitter, height, width, x, x_stride, x_scale, w, w_scale, w_aux, K, out, out_stride, accumulate):
-    """``height`` rows times one panel by ``vpdpbusd``; rows are ``biased`` bytes."""
+def emit_vnni(e: Emitter, tile: Tile) -> None:
+    """Rows of ``biased`` bytes, by ``vpdpbusd``."""
 
-    def strip(index):
-        offset = e.mul(index, width * e.isa.vector_bytes)
-        start = [e.load(e.add(e.add(w_aux, offset), i * e.isa.vector_bytes), e.i32) for i in range(width)]
-
+    def strip(strip: Strip) -> None:
         def step(quad, totals):
-            words = load_words(e, e.add(w, offset), quad, width)
-            result = []
-            for row in range(height):
-                address = e.add(e.add(x, e.mul(x_stride, row)), e.mul(quad, 4))
-                values = e.bitcast(e.load_broadcast(address, I32), e.i8)
-                result += [
-                    e.dot_accumulate_u8_i8(totals[row * width + i], values, e.bitcast(words[i], e.i8))
-                    for i in range(width)
-                ]
+            strip.prefetch(e, quad)
+            words, result = strip.load(e, quad, e.i8), []
+            for row, sums in enumerate(rows_of(totals, tile.width)):
+                values = e.bitcast(e.load_broadcast(e.add(tile.row(e, row), e.mul(quad, 4)), I32), e.i8)
+                result += [e.dot_accumulate_u8_i8(total, values, word) for total, word in zip(sums, words, strict=True)]
             return result
 
-        totals = e.loop(quads(e, K), start * height, step)
-        scale_and_store(e, totals, width, offset, x_scale, w_scale, out, out_stride, accumulate)
+        start = strip.of_row(e, tile.w_aux, e.i32) * tile.height
+        scale_and_store(e, strip, e.loop(quads(e, tile), start, step))
 
-    strips(e, width, strip)
+    tile.strips(e, quads(e, tile), strip)
 
 
-def emit_pmaddwd(e: Emitter, height, width, x, x_stride, x_scale, w, w_scale, w_aux, K, out, out_stride, accumulate):
-    """``height`` rows times one panel by ``pmaddwd``; rows are ``pairs``."""
-    eight = e.constant(e.i16, 8)
-    b = e.builder
+def emit_pmaddwd(e: Emitter, tile: Tile) -> None:
+    """Rows of ``pairs``, by ``pmaddwd``."""
+    b, eight = e.builder, e.constant(e.i16, 8)
 
-    def strip(index):
-        offset = e.mul(index, width * e.isa.vector_bytes)
-
+    def strip(strip: Strip) -> None:
         def step(quad, totals):
-            words = [e.bitcast(word, e.i16) for word in load_words(e, e.add(w, offset), quad, width)]
+            strip.prefetch(e, quad)
+            words, result = strip.load(e, quad, e.i16), []
             even = [b.ashr(b.shl(word, eight), eight) for word in words]
             odd = [b.ashr(word, eight) for word in words]
-            result = []
-            for row in range(height):
-                address = e.add(e.add(x, e.mul(x_stride, row)), e.mul(quad, 8))
+            for row, sums in enumerate(rows_of(totals, tile.width)):
+                address = e.add(tile.row(e, row), e.mul(quad, 8))
                 x_even, x_odd = (e.bitcast(e.load_broadcast(e.add(address, half), I32), e.i16) for half in (0, 4))
-                for i in range(width):
-                    total = b.add(totals[row * width + i], e.dot_i16(even[i], x_even))
+                for i, total in enumerate(sums):
+                    total = b.add(total, e.dot_i16(even[i], x_even))
                     result.append(b.add(total, e.dot_i16(odd[i], x_odd)))
             return result
 
-        totals = e.loop(quads(e, K), [e.constant(e.i32, 0)] * (height * width), step)
-        scale_and_store(e, totals, width, offset, x_scale, w_scale, out, out_stride, accumulate)
+        start = [e.constant(e.i32, 0)] * (tile.height * tile.width)
+        scale_and_store(e, strip, e.loop(quads(e, tile), start, step))
 
-    strips(e, width, strip)
+    tile.strips(e, quads(e, tile), strip)
 
 
-def quads(e: Emitter, K):
+def quads(e: Emitter, tile: Tile) -> ir.Value:
     """Quads of k, the last one padded with zeros."""
-    return e.div(e.add(K, 3), 4)
+    return e.div(e.add(tile.K, 3), 4)
 
 
-def load_words(e: Emitter, w, quad, width):
-    """The ``width`` vectors of a strip for one quad of k."""
-    address = e.add(w, e.mul(quad, 4 * PANEL))
-    return [e.load(e.add(address, i * e.isa.vector_bytes), e.i32) for i in range(width)]
-
-
-def scale_and_store(e: Emitter, totals, width, offset, x_scale, w_scale, out, out_stride, accumulate):
+def scale_and_store(e: Emitter, strip: Strip, totals: list[ir.Value]) -> None:
     """Exact sums -> ``sum * weight scale * token scale`` -> out."""
-    w_scales = [e.load(e.add(e.add(w_scale, offset), i * e.isa.vector_bytes), e.f32) for i in range(width)]
-    tile = []
-    for row, sums in enumerate(rows_of(totals, width)):
-        token_scale = e.load_broadcast(e.add(x_scale, 4 * row))
+    tile = strip.tile
+    w_scales = strip.of_row(e, tile.w_scale, e.f32)
+    values = []
+    for row, sums in enumerate(rows_of(totals, tile.width)):
+        token_scale = e.load_broadcast(e.add(tile.x_scale, 4 * row))
         by_weight = [e.fmul(e.to_float(exact), scale) for exact, scale in zip(sums, w_scales, strict=True)]
-        tile.append([e.fmul(value, token_scale) for value in by_weight])
-    store_tile(e, tile, e.add(out, offset), out_stride, accumulate)
+        values.append([e.fmul(value, token_scale) for value in by_weight])
+    strip.store(e, values)
 
 
 @njit(inline="always")

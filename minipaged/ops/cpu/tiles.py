@@ -19,14 +19,20 @@ K once, and touches memory only for operands::
 Each accumulator adds its products in the order of k, from zero to K, whatever the shape of the tile:
 that is why a row's result never depends on how many rows came with it.
 
-One row wants the whole panel as one strip (its weights come from RAM, in sequence, and used once);
+One row wants the whole panel as one strip (its weights come from RAM, in sequence, and are used once);
 many rows want tall tiles. ``shapes`` says how wide a tile of each height is, and the rows of a product
 are divided evenly: 8 rows at a tallest tile of 6 are 4 + 4, not 6 + 2.
+
+The hardware fetches a sequence ahead, but not the interleaved strips of tall tiles. So these ask for
+two lines at each step: the one that the strip needs a few steps later, into L1; and one of the *next*
+panel, into L2. The tiles of a panel share the latter out, so memory works at an even pace while the
+multipliers do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from llvmlite import ir
 from numba import njit
@@ -36,20 +42,96 @@ from .emit import Emitter, kernel
 from .products import PRODUCT_SIGNATURE
 
 PANEL = 48  # outputs of a panel: 3 vectors of 16 lanes, 6 of 8, 12 of 4
+STEP_BYTES = 4 * PANEL  # of a panel in one step: 1 k of float32, 2 of bfloat16, 4 of int8, 8 of int4
+LINE = 64
+NEAR_STEPS = 8  # how far ahead L1 is filled
 
 
-def strips(e: Emitter, width: int, body: Callable[[ir.Value], None]) -> None:
-    """Emit ``body(strip)`` for every strip of ``width`` vectors of a panel."""
-    count = PANEL // (width * e.lanes)
-    if count == 1:
-        body(e.const(0))
-        return
+@dataclass(frozen=True)
+class Tile:
+    """What a tile of ``height`` rows of x and ``width`` vectors of outputs works on; LLVM int64 values.
 
-    def once(strip, state):
-        body(strip)
-        return []
+    The arguments of a product, moved to the tile's first row and to its panel.
+    """
 
-    e.loop(e.const(count), [], once)
+    height: int
+    width: int
+    x: ir.Value
+    x_stride: ir.Value
+    x_scale: ir.Value
+    w: ir.Value
+    w_scale: ir.Value
+    w_aux: ir.Value
+    K: ir.Value
+    out: ir.Value
+    out_stride: ir.Value
+    accumulate: ir.Value
+    next_w: ir.Value  # this tile's share of the next panel
+    num_tiles: ir.Value  # how many tiles the shares are for
+
+    def row(self, e: Emitter, index: int) -> ir.Value:
+        """The address of a row of x."""
+        return e.add(self.x, e.mul(self.x_stride, index))
+
+    def strips(self, e: Emitter, num_steps: ir.Value, body: Callable[[Strip], None]) -> None:
+        """Emit ``body`` for every strip of the panel."""
+        strip_bytes = self.width * e.isa.vector_bytes
+
+        def once(index, state):
+            share = e.div(e.add(self.num_tiles, strip_bytes - 1), self.num_tiles)  # of the next panel, at each step
+            next_w = e.add(self.next_w, e.mul(index, e.mul(num_steps, share)))
+            body(Strip(self, e.mul(index, strip_bytes), next_w, share))
+            return []
+
+        if strip_bytes == STEP_BYTES:
+            once(e.const(0), [])
+        else:
+            e.loop(e.const(STEP_BYTES // strip_bytes), [], once)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One strip of a tile's panel."""
+
+    tile: Tile
+    offset: ir.Value  # bytes from the panel's first column; the same for weights and float32 outputs
+    next_w: ir.Value  # where in the next panel this strip begins to ask for lines
+    next_stride: ir.Value  # and how many bytes farther at each step
+
+    def load(self, e: Emitter, step: ir.Value, type_: ir.Type) -> list[ir.Value]:
+        """The weights of one step, as vectors of ``type_``."""
+        return self.vectors(e, e.add(e.add(self.tile.w, self.offset), e.mul(step, STEP_BYTES)), type_)
+
+    def prefetch(self, e: Emitter, step: ir.Value, num_steps: int = 1) -> None:
+        """Ask for lines that steps ``step .. step + num_steps - 1`` have the time to wait for."""
+        strip_bytes = self.tile.width * e.isa.vector_bytes
+        if strip_bytes == STEP_BYTES or self.tile.height == 1:
+            return
+        near = e.add(e.add(self.tile.w, self.offset), e.mul(step, STEP_BYTES))
+        next_panel = e.add(self.next_w, e.mul(step, self.next_stride))
+        for line in range(0, strip_bytes * num_steps, LINE):
+            if num_steps == 1:  # formats of larger steps have panels that stay in L1
+                e.prefetch(e.add(near, NEAR_STEPS * STEP_BYTES + line), locality=3)
+            e.prefetch(e.add(next_panel, line), locality=2)
+
+    def of_row(self, e: Emitter, row: ir.Value, type_: ir.Type) -> list[ir.Value]:
+        """This strip's part of a row of 48 32-bit values at ``row``."""
+        return self.vectors(e, e.add(row, self.offset), type_)
+
+    def vectors(self, e: Emitter, address: ir.Value, type_: ir.Type) -> list[ir.Value]:
+        return [e.load(e.add(address, i * e.isa.vector_bytes), type_) for i in range(self.tile.width)]
+
+    def store(self, e: Emitter, values: list[list[ir.Value]]) -> None:
+        """Write ``values[row][vector]`` to ``out``; added to what is there if ``accumulate`` is 1."""
+        out = e.add(self.tile.out, self.offset)
+
+        def write(adds: bool) -> None:
+            for row, vectors in enumerate(values):
+                for i, value in enumerate(vectors):
+                    address = e.add(e.add(out, e.mul(self.tile.out_stride, row)), i * e.isa.vector_bytes)
+                    e.store(e.fadd(e.load(address, e.f32), value) if adds else value, address)
+
+        e.switch(self.tile.accumulate, {0: lambda: write(False), 1: lambda: write(True)})
 
 
 def rows_of(totals: list[ir.Value], width: int) -> list[list[ir.Value]]:
@@ -57,30 +139,19 @@ def rows_of(totals: list[ir.Value], width: int) -> list[list[ir.Value]]:
     return [totals[start : start + width] for start in range(0, len(totals), width)]
 
 
-def store_tile(
-    e: Emitter, tile: list[list[ir.Value]], out: ir.Value, out_stride: ir.Value, accumulate: ir.Value
-) -> None:
-    """Write ``tile[row][vector]`` to the rows at ``out``; added to what is there if ``accumulate`` is 1."""
-
-    def write(adds: bool) -> None:
-        for row, vectors in enumerate(tile):
-            for i, value in enumerate(vectors):
-                address = e.add(e.add(out, e.mul(out_stride, row)), i * e.isa.vector_bytes)
-                e.store(e.fadd(e.load(address, e.f32), value) if adds else value, address)
-
-    e.switch(accumulate, {0: lambda: write(False), 1: lambda: write(True)})
-
-
 def product_function(
-    name: str, shapes: dict[int, int], emit_rows: Callable[..., None], panel_bytes: Callable, scale_bytes: Callable
+    name: str,
+    shapes: dict[int, int],
+    emit_tile: Callable[[Emitter, Tile], None],
+    panel_bytes: Callable[[int], int],
+    scale_bytes: Callable[[int], int],
 ):
     """Compile a product: walks panels and rows, and calls the emitted tiles.
 
     Args:
         name: names the compiled function in the cache.
         shapes: height of a tile -> its width in vectors, for every height 1, 2, ... in use.
-        emit_rows: ``emit_rows(e, height, width, x, x_stride, x_scale, w, w_scale, w_aux, K, out,
-            out_stride, accumulate)`` emits one panel for ``height`` rows.
+        emit_tile: emits the product of the rows of a tile with its panel.
         panel_bytes: njit function ``K -> bytes`` of a packed panel.
         scale_bytes: njit function ``K -> bytes`` of a panel's scales.
 
@@ -88,33 +159,38 @@ def product_function(
     """
     tallest = max(shapes)
 
-    @kernel(11)
+    @kernel(13)
     def rows(e, height, *arguments):
         e.switch(
-            height, {h: lambda h=h, width=width: emit_rows(e, h, width, *arguments) for h, width in shapes.items()}
+            height,
+            {h: lambda h=h, width=width: emit_tile(e, Tile(h, width, *arguments)) for h, width in shapes.items()},
         )
 
     @c_function(PRODUCT_SIGNATURE, name)
     def product(x, x_stride, x_scale, w, w_scale, w_aux, K, panel0, panel1, M, out, out_stride, accumulate):
+        size = panel_bytes(K)
+        num_tiles = (M + tallest - 1) // tallest
+        share = (size + num_tiles - 1) // num_tiles  # of the next panel, fetched by each tile
         for panel in range(panel0, panel1):
-            w_panel = w + panel * panel_bytes(K)
-            scale = w_scale + panel * scale_bytes(K)
+            w_panel = w + panel * size
+            next_w = min(panel + 1, panel1 - 1) * size + w
             row = 0
-            while row < M:
-                tiles_left = (M - row + tallest - 1) // tallest
-                height = (M - row + tiles_left - 1) // tiles_left
+            for tile in range(num_tiles):
+                height = (M - row + num_tiles - tile - 1) // (num_tiles - tile)
                 rows(
                     height,
                     x + row * x_stride,
                     x_stride,
                     x_scale + 4 * row,
                     w_panel,
-                    scale,
+                    w_scale + panel * scale_bytes(K),
                     w_aux + 4 * PANEL * panel,
                     K,
                     out + row * out_stride + 4 * PANEL * panel,
                     out_stride,
                     accumulate,
+                    next_w + tile * share,
+                    num_tiles,
                 )
                 row += height
 

@@ -16,6 +16,7 @@ from minipaged.ops.cpu import compile_cache, features, products_float, products_
 from minipaged.ops.cpu.emit import I64, Emitter
 from minipaged.ops.cpu.packing import pack
 from minipaged.ops.cpu.products import FORMATS, product_kernel
+from minipaged.ops.cpu.tiles import Tile
 from tests.support.cpu_products import expected, run_product
 
 CHECK = """
@@ -70,7 +71,7 @@ KERNELS = {  # emitted tile, tallest height, the instruction it is about
     "bfloat16": (products_float.emit_bfloat16_dot, products_float.tile_shapes, "vdpbf16ps"),
     "int8": (products_int8.emit_vnni, products_int8.tile_shapes, "vpdpbusd"),
     "int4": (
-        lambda *arguments: products_int4.emit_int4(products_int4.add_group_vnni, 1, *arguments),
+        lambda e, tile: products_int4.emit_int4(products_int4.add_group_vnni, 1, e, tile),
         products_int4.tile_shapes,
         "vpdpbusd",
     ),
@@ -81,9 +82,9 @@ def assembly(emit, isa, height, width, cpu):
     """The tile as a function of its own, compiled for ``cpu``."""
     module = ir.Module()
     module.triple = "x86_64-unknown-linux-gnu"
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 10), "tile")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 12), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
-    emit(Emitter(builder, isa), height, width, *function.args)
+    emit(Emitter(builder, isa), Tile(height, width, *function.args))
     builder.ret_void()
     try:
         llvm.initialize_all_targets()
