@@ -87,20 +87,9 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------------------
 
-    def add_request(
-        self,
-        prompt,
-        params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        priority: int = 0,
-        cache_salt: str | None = None,
-        stream: bool = False,
-    ) -> str:
-        """Check a request, queue it and return its id (arguments and errors: :meth:`prepare`)."""
-        prepared = self.prepare(
-            prompt, params, request_id=request_id, priority=priority, cache_salt=cache_salt, stream=stream
-        )
+    def add_request(self, prompt, params: SamplingParams | None = None, **options) -> str:
+        """Check a request, queue it and return its id (options and errors: :meth:`prepare`)."""
+        prepared = self.prepare(prompt, params, **options)
         self.submit(prepared)
         return prepared.request.request_id
 
@@ -310,22 +299,23 @@ class Engine:
     # -- helpers ----------------------------------------------------------------------------------
 
     def _tokenize(self, prompt) -> tuple[str | None, list[int]]:
+        """The prompt's text, if it is known, and its token ids (not checked yet)."""
+        text, token_ids = prompt, None
         if isinstance(prompt, dict):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids"}
-            if unknown or not prompt:
+            if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
                 raise RequestError(
                     f"a prompt given as a dict has 'prompt_token_ids' or 'prompt', not {sorted(map(str, prompt))}."
                 )
-            ids = prompt.get("prompt_token_ids")
-            if ids is None:
-                return self._tokenize(prompt["prompt"])
-            return prompt.get("prompt"), self._tokenize(ids)[1]
-        if isinstance(prompt, str):
-            return prompt, self.model.tokenizer.encode(prompt)
-        if isinstance(prompt, (list, tuple, np.ndarray)):
-            return None, list(prompt)
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        elif not isinstance(prompt, str):
+            text, token_ids = None, prompt
+        if token_ids is None and isinstance(text, str):
+            return text, self.model.tokenizer.encode(text)
+        if isinstance(token_ids, (list, tuple)) or (isinstance(token_ids, np.ndarray) and token_ids.ndim == 1):
+            return text, list(token_ids)
+        wrong = text if token_ids is None else token_ids
         raise RequestError(
-            f"a prompt is text, a list of token ids, or {{'prompt_token_ids': [...]}}; got {type(prompt).__name__}."
+            f"a prompt is text, a list of token ids, or {{'prompt_token_ids': [...]}}; got {type(wrong).__name__}."
         )
 
     def _check_token_ids(self, token_ids: list[int]) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minipaged.errors import DownloadError, LicenseNotAcceptedError, ModelNotFoundError
+from minipaged.errors import LicenseNotAcceptedError, ModelNotFoundError
+from minipaged.home import home
 
 BUILTIN = Path(__file__).parent / "builtin"
 ACCEPT_VARIABLE = "MINIPAGED_ACCEPT_LICENSE"
@@ -148,23 +148,6 @@ ENTRIES = {
         ),
     )
 }
-
-
-def home() -> Path:
-    """``MINIPAGED_HOME``, or ``minipaged`` in the cache folder of the user's platform."""
-    chosen = os.environ.get("MINIPAGED_HOME")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    try:
-        user = Path.home()
-    except RuntimeError:
-        raise DownloadError("this user has no home directory; set MINIPAGED_HOME to a writable directory.") from None
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or user / "AppData" / "Local") / "minipaged"
-    if sys.platform == "darwin":
-        return user / "Library" / "Caches" / "minipaged"
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache if cache.is_absolute() else user / ".cache") / "minipaged"  # relative values are ignored (XDG)
 
 
 def models_directory() -> Path:
