@@ -18,6 +18,13 @@ from tests.support.law import Comparison, run_alone
 NUM_TRACES = int(os.environ.get("MINIPAGED_TEST_TRACES", "300"))
 NUM_REQUESTS = 60
 VOCAB = 1024
+# Where logits are bit-identical whatever the company, no near-tie is excused.
+BACKENDS = [
+    {"device": "reference"},
+    {"device": "cpu", "dtype": "float32"},
+    {"device": "cpu", "quantization": "int8", "kv_cache_dtype": "int8"},
+    {"device": "cpu", "quantization": "int4", "kv_cache_dtype": "bfloat16"},
+]
 
 
 def random_params(rng: random.Random) -> SamplingParams:
@@ -55,8 +62,14 @@ def random_prompts(rng: random.Random) -> list[list[int]]:
     return prompts
 
 
+@pytest.fixture(scope="module", params=BACKENDS, ids=lambda options: "-".join(options.values()))
+def options(request):
+    """A backend, and the formats it keeps numbers in."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def expectations():
+def expectations(options):
     """What each request gives alone, without prefix cache, its prompt whole; for both models."""
     from tests.support.law import record_margins
 
@@ -65,7 +78,7 @@ def expectations():
     def of(model: str):
         if model not in cache:
             rng = random.Random(f"requests for {model}")
-            engine = make_engine(model, enable_prefix_caching=False, block_size=16)
+            engine = make_engine(model, enable_prefix_caching=False, block_size=16, **options)
             margins = record_margins(engine)
             cache[model] = [
                 run_alone(engine, prompt, random_params(rng), margins) for prompt in random_prompts(rng)
@@ -75,7 +88,9 @@ def expectations():
     return of
 
 
-def run_trace(rng: random.Random, model: str, expectations: list, comparison: Comparison, where: str) -> dict:
+def run_trace(
+    rng: random.Random, model: str, options: dict, expectations: list, comparison: Comparison, where: str
+) -> dict:
     """One random trace on a fresh engine; returns its counters."""
     block_size = rng.choice([1, 2, 4, 8, 16, 32])
     chosen = [rng.choice(expectations) for _ in range(rng.randint(2, 9))]
@@ -91,6 +106,7 @@ def run_trace(rng: random.Random, model: str, expectations: list, comparison: Co
         max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, 5, 15, 200]),
         enable_prefix_caching=rng.random() < 0.8,
         policy=policy,
+        **options,
     )
     waiting = list(enumerate(chosen))
     rng.shuffle(waiting)
@@ -122,15 +138,16 @@ def run_trace(rng: random.Random, model: str, expectations: list, comparison: Co
     return {"preemptions": stats.num_preemptions, "cached": stats.num_prompt_tokens_cached}
 
 
-def test_tokens_do_not_depend_on_company(expectations):
+def test_tokens_do_not_depend_on_company(options, expectations):
     comparison = Comparison()
     totals = {"preemptions": 0, "cached": 0}
-    for trace in range(NUM_TRACES):
+    num_traces = NUM_TRACES if options["device"] == "reference" else max(20, NUM_TRACES // 3)
+    for trace in range(num_traces):
         rng = random.Random(trace)
         model = "tiny" if trace % 10 == 0 else "tiny-draft"
-        counts = run_trace(rng, model, expectations(model), comparison, f"trace {trace} on {model}")
+        counts = run_trace(rng, model, options, expectations(model), comparison, f"trace {trace} on {model}")
         totals = {name: totals[name] + counts[name] for name in totals}
-    comparison.check_excuses()
+    comparison.check_excuses(exact=options["device"] != "reference")
     # The law is only tested if what it is about has happened.
-    assert totals["preemptions"] > NUM_TRACES / 10, totals
-    assert totals["cached"] > NUM_TRACES, totals
+    assert totals["preemptions"] > num_traces / 10, totals
+    assert totals["cached"] > num_traces, totals

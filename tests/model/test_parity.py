@@ -13,8 +13,10 @@ import pytest
 
 from minipaged.kv_cache import KVCache
 from minipaged.model.architectures import ARCHITECTURES, config_from_hf, load_weights
+from minipaged.model.cpu_decoder import CpuDecoder, pack_as
 from minipaged.model.decoder import Decoder
 from minipaged.model.safetensors_file import SafetensorsSource
+from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
 from minipaged.ops.interface import Batch
 from minipaged.ops.reference import ReferenceOps
 
@@ -29,23 +31,35 @@ TOLERANCE = 1e-4  # of the largest absolute logit
 class Case:
     """A fixture, loaded through our own path, and a paged sequence to feed it to."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, device: str = "reference"):
         folder = FOLDER / name
         self.hf_config = json.loads((folder / "config.json").read_text())
-        self.config = config_from_hf(self.hf_config)
         expected = np.load(folder / "expected.npz")
         self.token_ids, self.logits = expected["token_ids"], expected["logits"]
-        self.weights = load_weights(self.config, SafetensorsSource(folder))
-        self.decoder = Decoder(self.config, self.weights, ReferenceOps(), int(expected["max_model_len"]))
+        config = config_from_hf(self.hf_config)
+        pack = pack_as("float32") if device == "cpu" else None
+        self.weights = load_weights(config, SafetensorsSource(folder), pack)
+        self.use(config, int(expected["max_model_len"]), device)
+
+    def use(self, c, max_model_len: int, device: str = "reference") -> None:
+        """Make a decoder of these features, and a cache full of NaN."""
+        if device == "cpu":
+            layout = KVLayout("float32", BLOCK_SIZE, c.num_kv_heads, c.head_dim)
+            self.cache = CpuKVCache(c.num_layers, NUM_BLOCKS, layout)
+            self.cache.data.view(np.float32)[...] = np.nan
+            self.decoder = CpuDecoder(
+                c, self.weights, self.cache, max_model_len=max_model_len, max_num_tokens=PROMPT, num_threads=2
+            )
+        else:
+            self.cache = KVCache(c.num_layers, NUM_BLOCKS, BLOCK_SIZE, c.num_kv_heads, c.head_dim)
+            self.cache.k[...] = self.cache.v[...] = np.nan
+            self.decoder = Decoder(c, self.weights, ReferenceOps(), max_model_len)
 
     def run(self, chunks: list[int], seed: int = 0) -> np.ndarray:
         """Logits of every position, with the prompt prefilled in ``chunks`` and then token by token.
 
-        The sequence's blocks lie anywhere in a pool full of NaN.
+        The sequence's blocks lie anywhere in the pool.
         """
-        c = self.config
-        cache = KVCache(c.num_layers, NUM_BLOCKS, BLOCK_SIZE, c.num_kv_heads, c.head_dim)
-        cache.k[...] = cache.v[...] = np.nan
         table = np.random.default_rng(seed).permutation(NUM_BLOCKS)[: -(-len(self.token_ids) // BLOCK_SIZE)]
         rows, start = [], 0
         for size in chunks + [1] * STEPS:
@@ -60,7 +74,7 @@ class Case:
                 block_tables=table[None].astype(np.int32),
                 logits_indices=np.arange(size, dtype=np.int32),
             )
-            rows.append(self.decoder.forward(batch, cache))
+            rows.append(self.decoder.forward(batch, self.cache))
         return np.concatenate(rows)
 
     def error(self, logits: np.ndarray) -> float:
@@ -68,11 +82,12 @@ class Case:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_equal_transformers(name):
-    case = Case(name)
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_logits_equal_transformers(name, device):
+    case = Case(name, device)
     assert len(case.token_ids) == len(case.logits) == PROMPT + STEPS
-    for chunks in ([PROMPT], [5, 1, 11, 7]):
-        error = case.error(case.run(chunks))
+    for seed, chunks in enumerate(([PROMPT], [5, 1, 11, 7])):
+        error = case.error(case.run(chunks, seed))
         print(f"{name:28} chunks {chunks}: {error:.1e}")
         assert error < TOLERANCE
 
@@ -110,5 +125,5 @@ def test_fixtures_are_sensitive_to_each_feature(name, change):
     """Each feature matters in these models: without it, the fixture would fail."""
     case = Case(name)
     config = config_from_hf({**case.hf_config, **change})
-    case.decoder = Decoder(config, case.weights, ReferenceOps(), 64)
+    case.use(config, 64)
     assert case.error(case.run([PROMPT])) > TOLERANCE
