@@ -54,9 +54,11 @@ class Engine:
         self.config = config
         self.backend = backends.choose(config.device)
         backends.check_options(self.backend, config)
-        self.model: LoadedModel = load_model(config.model)
+        self.model: LoadedModel = load_model(
+            config.model, weight_format=backends.packed_format(self.backend, config)
+        )
         self.max_model_len = resolve_max_model_len(config, self.model.config)
-        self.formats = backends.choose_formats(self.backend, config)
+        self.formats = backends.choose_formats(self.backend, config, self.model.packed_as)
         block_bytes = backends.kv_block_bytes(self.formats, self.backend, self.model.config, config.block_size)
         num_blocks = resolve_num_blocks(config, self.max_model_len, block_bytes)
         self.scheduler = make_scheduler(
@@ -127,12 +129,6 @@ class Engine:
             raise InvalidParameterError(f"priority is {priority!r}; it must be an integer.")
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise InvalidParameterError(f"cache_salt is {cache_salt!r}; it must be a string or None.")
-        vocab_size = self.model.config.vocab_size
-        if params.max_token_id() >= vocab_size:
-            raise InvalidParameterError(
-                f"the sampling parameters name token id {params.max_token_id()}, "
-                f"but the model has ids 0 to {vocab_size - 1}."
-            )
         text, token_ids = self._tokenize(prompt)
         self._check_token_ids(token_ids)
         room = self.max_model_len - len(token_ids)
@@ -147,7 +143,7 @@ class Engine:
             sampling=SamplingState(
                 params,
                 token_ids,
-                vocab_size=vocab_size,
+                vocab_size=self.model.config.vocab_size,
                 eos_token_ids=eos_token_ids,
                 seed=self._seed_of(params, number),
                 tokenizer=self.model.tokenizer,
@@ -311,9 +307,10 @@ class Engine:
             text, token_ids = None, prompt
         if token_ids is None and isinstance(text, str):
             return text, self.model.tokenizer.encode(text)
-        if isinstance(token_ids, (list, tuple)) or (isinstance(token_ids, np.ndarray) and token_ids.ndim == 1):
+        is_list = isinstance(token_ids, (list, tuple)) or (isinstance(token_ids, np.ndarray) and token_ids.ndim == 1)
+        if is_list and (text is None or isinstance(text, str)):
             return text, list(token_ids)
-        wrong = text if token_ids is None else token_ids
+        wrong = text if token_ids is None or is_list else token_ids
         raise RequestError(
             f"a prompt is text, a list of token ids, or {{'prompt_token_ids': [...]}}; got {type(wrong).__name__}."
         )

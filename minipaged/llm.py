@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import queue
 import sys
 import weakref
@@ -85,7 +86,8 @@ class LLM:
         ``messages`` is a list of ``{"role": ..., "content": ...}``; the model's own chat template
         renders it. Raises :class:`~minipaged.errors.TokenizerError` if the model has none.
         """
-        conversations = messages if messages and isinstance(messages[0], list) else [messages]
+        many = isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple))
+        conversations = messages if many else [messages]
         prompts = [self.chat_prompt(c, add_generation_prompt=add_generation_prompt, tools=tools) for c in conversations]
         return self.generate(prompts, sampling_params, **options)
 
@@ -194,8 +196,16 @@ def _as_list(prompts) -> list:
     """One prompt or many, as a list of prompts."""
     if isinstance(prompts, (str, dict)):
         return [prompts]
-    prompts = list(prompts)
-    if prompts and not isinstance(prompts[0], (str, dict, list, tuple)) and not hasattr(prompts[0], "__len__"):
+    try:
+        if isinstance(prompts, (bytes, bytearray)):  # iterable, but not as token ids
+            raise TypeError
+        prompts = list(prompts)
+    except TypeError:
+        raise RequestError(
+            f"prompts is a {type(prompts).__name__}; it must be text, a list of token ids, "
+            "{'prompt_token_ids': [...]}, or a list of these."
+        ) from None
+    if prompts and isinstance(prompts[0], numbers.Number):
         return [prompts]  # token ids of one prompt
     return prompts
 
@@ -204,7 +214,7 @@ def _one_each(value, count: int, name: str, kind: type) -> list:
     if value is None or isinstance(value, kind):
         return [value] * count
     if not isinstance(value, (list, tuple)):
-        raise InvalidParameterError(f"{name} is {value!r}; it must be a {kind.__name__} or a list of them.")
+        raise InvalidParameterError(f"{name} is {value!r}; it must be of type {kind.__name__}, or a list of these.")
     if len(value) != count:
         raise RequestError(f"{len(value)} {name} were given for {count} prompts; give one, or one each.")
     return list(value)

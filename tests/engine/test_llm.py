@@ -3,6 +3,7 @@
 import gc
 import threading
 
+import numpy as np
 import pytest
 
 from minipaged import LLM, RequestOutput, SamplingParams
@@ -47,6 +48,24 @@ def test_counts_that_do_not_match_are_refused(llm):
         llm.generate("x", [GREEDY, GREEDY])
     with pytest.raises(InvalidParameterError):
         llm.generate("x", {"temperature": 0})
+
+
+@pytest.mark.parametrize("prompts", [None, 5, 1.5, b"bytes", bytearray(b"x"), np.array(3), [None], [b"x"], ["x", None]])
+def test_what_is_no_prompt_is_refused(llm, prompts):
+    with pytest.raises(RequestError):
+        llm.generate(prompts, GREEDY)
+
+
+def test_token_ids_may_come_from_numpy(llm):
+    rows = np.array([[5, 6], [7, 8]])
+    assert [o.prompt_token_ids for o in llm.generate(rows, GREEDY)] == [[5, 6], [7, 8]]
+    assert llm.generate(rows[0], GREEDY)[0].prompt_token_ids == [5, 6]
+
+
+@pytest.mark.parametrize("messages", [None, "hello", {"role": "user", "content": "hello"}, [], [[]], [5], [{}]])
+def test_what_is_no_conversation_is_refused(llm, messages):
+    with pytest.raises(InvalidParameterError):
+        llm.chat(messages, GREEDY)
 
 
 def test_a_stream_is_the_result_in_pieces(llm):
