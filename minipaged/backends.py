@@ -77,9 +77,14 @@ _OFFERED = {
 }
 
 
+def examine(name: str) -> Backend:
+    """The state of one backend on this machine."""
+    return _PROBES[name]()
+
+
 def probe() -> list[Backend]:
     """Every backend, the fastest first, with its state on this machine."""
-    return [examine() for examine in _PROBES.values()]
+    return [examine(name) for name in _PROBES]
 
 
 def choose(device: str) -> Backend:
@@ -89,13 +94,13 @@ def choose(device: str) -> Backend:
     """
     if device == "auto":
         passed_over = []
-        for examine in _PROBES.values():
-            backend = examine()
+        for name in _PROBES:
+            backend = examine(name)
             if backend.available:
                 log.info("device=auto chose %s (%s); %s", backend.name, backend.reason, "; ".join(passed_over))
                 return backend
             passed_over.append(f"{backend.name}: {backend.reason}")
-    backend = _PROBES[device]()
+    backend = examine(device)
     if not backend.available:
         usable = ", ".join(repr(b.name) for b in probe() if b.available)
         raise BackendUnavailableError(f"device {device!r} cannot be used: {backend.reason}. Usable here: {usable}.")

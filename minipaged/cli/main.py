@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises ``SystemExit`` for ``--help``, ``--version`` and command lines that argparse refuses.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    _replace_closed_streams()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to stop
     try:
@@ -126,6 +127,13 @@ def _fail(message: str, code: int) -> int:
         _silence_stdout()
     print(f"minipaged: {message}", file=sys.stderr)
     return code
+
+
+def _replace_closed_streams() -> None:
+    """Let a standard stream that was closed before the start (``>&-``), which is ``None``, be the null device."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
 
 
 def _silence_stdout() -> None:

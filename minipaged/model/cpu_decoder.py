@@ -20,6 +20,7 @@ from minipaged.ops.cpu.products import product_kernel
 from minipaged.ops.cpu.step import step_function
 from minipaged.ops.cpu.tables import LAYER, LINEAR, MODEL
 from minipaged.ops.cpu.team import Team
+from minipaged.ops.cpu.warmup import warm_up
 from minipaged.ops.interface import Batch
 
 
@@ -59,6 +60,7 @@ class CpuDecoder:
         max_num_tokens: int,
         num_threads: int,
     ):
+        warm_up({weights.lm_head.format, _first_format(weights)}, [kv_cache.layout.dtype], config.num_experts > 0)
         self.config = config
         self.kv_cache = kv_cache
         self.max_num_tokens = max_num_tokens
@@ -256,6 +258,11 @@ class CpuDecoder:
             for name in ("expert_ids", "expert_weights", "expert_slots", "expert_rows"):
                 model[name] = self._address(np.zeros(slots, np.int32))
             model["expert_starts"] = self._address(np.zeros(config.num_experts + 1, np.int32))
+
+
+def _first_format(weights: ModelWeights) -> str:
+    """The format of the layers' products."""
+    return weights.layers[0].qkv.weight.format
 
 
 class _Work:

@@ -94,3 +94,22 @@ def test_an_ascii_terminal_gets_replacements():
     done = run("generate", *TINY, "--raw", "--json", "--max-tokens", "1", "caf\u00e9", env=environment)
     assert done.returncode == 0, done.stderr
     assert b'"prompt": "caf?"' in done.stdout
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize(
+    "arguments, closed, code, message",
+    [
+        (["generate", *TINY, "--max-tokens", "3", "x"], ">&-", 0, b""),
+        (["generate", *TINY, "--max-tokens", "3", "x"], "<&- >&- 2>&-", 0, b""),
+        (["models"], ">&-", 0, b""),
+        (["generate", *TINY], "<&-", 2, b"the prompt is empty"),
+        (["chat", "--model", "tiny", "--device", "reference"], "<&-", 0, b""),
+    ],
+)
+def test_closed_standard_streams_are_not_written_or_read(arguments, closed, code, message):
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *COMMAND, *arguments], capture_output=True, timeout=120
+    )
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and b"Traceback" not in done.stderr and b"internal" not in done.stderr
