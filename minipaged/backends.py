@@ -118,19 +118,39 @@ def check_options(backend: Backend, config: EngineConfig) -> None:
             )
 
 
-def choose_formats(backend: Backend, config: EngineConfig) -> Formats:
+def choose_formats(backend: Backend, config: EngineConfig, packed_as: str | None = None) -> Formats:
     """How ``backend`` shall keep weights and KV under these options.
+
+    ``packed_as`` is the format of a packed model's weights, which takes effect where the options say
+    nothing. Raises :class:`ConfigError` where they say something else, or ``backend`` is not cpu.
 
     ``dtype="float32"`` without quantization keeps everything in float32. The cpu backend's
     ``dtype="auto"`` is ``CPU_DEFAULT_WEIGHTS``; its KV cache is bfloat16 unless ``dtype`` is float32.
     """
+    if packed_as and backend.name != "cpu":
+        raise ConfigError(
+            f"{config.model} holds weights that are packed for the cpu backend; use device='cpu', "
+            f"or with device={config.device!r} the model that it was made from."
+        )
     if backend.name == "reference":
         return Formats("float32", "float32")
     weights = config.quantization or (CPU_DEFAULT_WEIGHTS if config.dtype == "auto" else config.dtype)
+    if packed_as and weights != packed_as:
+        if config.quantization is not None or config.dtype != "auto":
+            raise ConfigError(
+                f"{config.model} holds {packed_as} weights, but quantization={config.quantization!r} and "
+                f"dtype={config.dtype!r} ask for {weights}; leave these options out, or pack the model so."
+            )
+        weights = packed_as
     kv_cache = config.kv_cache_dtype
     if kv_cache == "auto":
         kv_cache = "float32" if config.dtype == "float32" else "bfloat16"
     return Formats(weights, kv_cache)
+
+
+def packed_format(backend: Backend, config: EngineConfig) -> str | None:
+    """The format of the packed weights that ``backend`` could use under these options; ``None``: of no kind."""
+    return choose_formats(backend, config).weights if backend.name == "cpu" else None
 
 
 def kv_block_bytes(formats: Formats, backend: Backend, model: ModelConfig, block_size: int) -> int:

@@ -75,7 +75,8 @@ class EngineConfig:
     """Everything that is fixed when an engine is made.
 
     Attributes:
-        model: a name from the catalog, a directory in Hugging Face layout, or a GGUF file.
+        model: a name from the catalog, a directory in Hugging Face layout, a GGUF file, or a file
+            that ``minipaged pack`` made.
         device: ``"reference"`` (NumPy), ``"cpu"``, ``"cuda"`` or ``"auto"`` (the fastest that works).
         dtype: precision of weights and activations; ``"float32"`` makes everything float32.
         quantization: ``None``, ``"int8"`` or ``"int4"``; weights only.

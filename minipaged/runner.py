@@ -156,7 +156,10 @@ def _build_cpu(
     from minipaged.ops.cpu.team import default_num_threads
 
     config = model.config
-    weights = load_weights(config, model.source, pack_as(formats.weights))
+    if model.packed_as:
+        weights = model.source.weights()
+    else:
+        weights = load_weights(config, model.source, pack_as(formats.weights))
     layout = KVLayout(formats.kv_cache, block_size, config.num_kv_heads, config.head_dim)
     kv_cache = CpuKVCache(config.num_layers, num_blocks, layout)
     decoder = CpuDecoder(

@@ -12,7 +12,7 @@ import sys
 import traceback
 
 from minipaged import __version__
-from minipaged.cli import bench, chat, doctor, generate, inspect, models, pull
+from minipaged.cli import bench, chat, doctor, generate, inspect, models, pack, pull
 from minipaged.cli.options import add_common_options
 from minipaged.errors import InvalidParameterError, MinipagedError
 
@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": chat,
     "models": models,
     "pull": pull,
+    "pack": pack,
     "inspect": inspect,
     "bench": bench,
     "doctor": doctor,

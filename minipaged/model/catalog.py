@@ -193,7 +193,7 @@ def resolve(
     accept_license: bool = False,
     progress: bool | None = None,
 ) -> Path:
-    """The local directory (Hugging Face layout) or GGUF file of a model.
+    """The local directory (Hugging Face layout), GGUF file or packed file of a model.
 
     With ``pull=False`` a model that is not here yet is a :class:`ModelNotFoundError`; otherwise
     it is brought here first, see :func:`pull`.
@@ -248,9 +248,11 @@ def _model_in_directory(path: Path) -> Path:
 
 def _model_file(path: Path) -> Path:
     with path.open("rb") as file:
-        if file.read(4) == b"GGUF" or path.suffix == ".gguf":
+        if path.suffix in (".gguf", ".mpk") or file.read(8).startswith((b"GGUF", b"minipack")):
             return path
-    raise ModelNotFoundError(f"{path} is not a GGUF file; for safetensors, name the directory ({path.parent}).")
+    raise ModelNotFoundError(
+        f"{path} is neither a GGUF file nor a packed one; for safetensors, name the directory ({path.parent})."
+    )
 
 
 def _suggestion(name: str) -> str:

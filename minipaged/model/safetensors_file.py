@@ -118,7 +118,7 @@ class SafetensorsFile:
                 raise self._bad(f"its header has {length} bytes, but the file only {size}; it is truncated")
             if length > MAX_HEADER_BYTES:
                 raise self._bad(f"its header has {length} bytes; the limit is {MAX_HEADER_BYTES}")
-            header = _parse_object(file.read(length), self.path)
+            header = parse_object(file.read(length), self.path)
         header.pop(METADATA_KEY, None)
         tensors = {name: self._tensor(name, entry, 8 + length) for name, entry in header.items()}
         self._check_coverage(tensors, 8 + length, size)
@@ -165,7 +165,7 @@ def _open_shards(directory: Path) -> dict[str, tuple[SafetensorsFile, TensorInfo
     index = directory / INDEX_FILE
     if index.stat().st_size > MAX_HEADER_BYTES:
         raise ModelFormatError(f"{index} has {index.stat().st_size} bytes; the limit is {MAX_HEADER_BYTES}.")
-    weight_map = _parse_object(index.read_bytes(), index).get("weight_map")
+    weight_map = parse_object(index.read_bytes(), index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ModelFormatError(f"{index}: weight_map must map tensor names to file names.")
     shards = sorted(set(weight_map.values()))
@@ -186,7 +186,7 @@ def _open_shards(directory: Path) -> dict[str, tuple[SafetensorsFile, TensorInfo
     return tensors
 
 
-def _parse_object(data: bytes, path: Path) -> dict:
+def parse_object(data: bytes, path: Path) -> dict:
     """A JSON object without duplicate keys, at any depth."""
     items = sum(data.count(mark) for mark in (b",", b"[", b"{"))
     if items > MAX_JSON_ITEMS:

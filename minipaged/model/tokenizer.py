@@ -36,6 +36,7 @@ class Tokenizer:
 
     Attributes:
         special_token_ids: ids that ``skip_special_tokens`` leaves out of decoded text.
+        prepend_bos: whether ``encode`` itself puts ``bos_token_id`` first.
         byte_level: tokens are strings of bytes (byte-level BPE), not pieces of text.
     """
 
@@ -57,7 +58,7 @@ class Tokenizer:
         kinds = decoder_kinds(backend)
         self.byte_level = "ByteLevel" in kinds
         self._byte_fallback = "ByteFallback" in kinds
-        self._prepend_bos = prepend_bos and bos_token_id is not None and backend.num_special_tokens_to_add(False) == 0
+        self.prepend_bos = prepend_bos and bos_token_id is not None and backend.num_special_tokens_to_add(False) == 0
         self._token_bytes: dict[int, bytes] = {}
         self._anchor: tuple[int, int] | None = None
 
@@ -123,7 +124,7 @@ class Tokenizer:
             ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"the tokenizer failed on this text: {error}") from None
-        if add_special_tokens and self._prepend_bos:
+        if add_special_tokens and self.prepend_bos:
             ids.insert(0, self.bos_token_id)
         return ids
 
@@ -184,12 +185,17 @@ class Tokenizer:
 
 
 def load_backend(file: Path) -> tokenizers.Tokenizer:
-    """Parse a ``tokenizer.json``; every way in which that fails is a :class:`TokenizerError`."""
+    """Read a ``tokenizer.json`` (errors: :func:`parse_backend`)."""
     size = file.stat().st_size
     if size > MAX_FILE_BYTES:
         raise TokenizerError(f"{file} has {size} bytes; the limit is {MAX_FILE_BYTES}.")
+    return parse_backend(file.read_bytes(), file)
+
+
+def parse_backend(data: bytes, file: Path) -> tokenizers.Tokenizer:
+    """Parse a ``tokenizer.json``; every way in which that fails is a :class:`TokenizerError`."""
     try:
-        return tokenizers.Tokenizer.from_buffer(file.read_bytes())
+        return tokenizers.Tokenizer.from_buffer(data)
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(f"{file} is not a valid tokenizer: {error}") from None
     except BaseException as error:
