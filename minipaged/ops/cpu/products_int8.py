@@ -35,7 +35,7 @@ def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
     panel = PANEL // isa.lanes
     if isa.has_vnni:
         return {height: panel for height in range(1, 9)}
-    return {1: 3, 2: 3, 3: 3, 4: 2}
+    return {1: 6, 2: 3, 3: 3, 4: 2}
 
 
 def emit_vnni(e: Emitter, tile: Tile) -> None:
