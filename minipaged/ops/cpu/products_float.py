@@ -32,14 +32,14 @@ def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
 def emit_float32(e: Emitter, tile: Tile) -> None:
     """Rows times float32 weights."""
 
-    def strip(strip: Strip) -> None:
+    def one_strip(strip: Strip) -> None:
         def step(k, totals):
             strip.prefetch(e, k)
             return multiply_add(e, tile, totals, e.mul(k, 4), strip.load(e, k, e.f32))
 
         strip.store(e, rows_of(e.loop(tile.K, zeros(e, tile), step), tile.width))
 
-    tile.strips(e, tile.K, strip)
+    tile.strips(e, tile.K, one_strip)
 
 
 def emit_bfloat16(e: Emitter, tile: Tile) -> None:
@@ -53,7 +53,7 @@ def emit_bfloat16(e: Emitter, tile: Tile) -> None:
     def second(words):
         return [e.bitcast(e.builder.and_(word, upper), e.f32) for word in words]
 
-    def strip(strip: Strip) -> None:
+    def one_strip(strip: Strip) -> None:
         def step(pair, totals):
             strip.prefetch(e, pair)
             words, offset = strip.load(e, pair, e.i32), e.mul(pair, 8)
@@ -67,14 +67,14 @@ def emit_bfloat16(e: Emitter, tile: Tile) -> None:
         totals = e.loop(e.builder.and_(tile.K, e.const(1)), totals, odd_end)
         strip.store(e, rows_of(totals, tile.width))
 
-    tile.strips(e, pairs, strip)
+    tile.strips(e, pairs, one_strip)
 
 
 def emit_bfloat16_dot(e: Emitter, tile: Tile) -> None:
     """Rows of bfloat16 times bfloat16 weights, by ``vdpbf16ps``."""
     pairs = e.div(e.add(tile.K, 1), 2)
 
-    def strip(strip: Strip) -> None:
+    def one_strip(strip: Strip) -> None:
         def step(pair, totals):
             strip.prefetch(e, pair)
             words, result = strip.load(e, pair, e.i32), []
@@ -85,7 +85,7 @@ def emit_bfloat16_dot(e: Emitter, tile: Tile) -> None:
 
         strip.store(e, rows_of(e.loop(pairs, zeros(e, tile), step), tile.width))
 
-    tile.strips(e, pairs, strip)
+    tile.strips(e, pairs, one_strip)
 
 
 def zeros(e: Emitter, tile: Tile) -> list[ir.Value]:

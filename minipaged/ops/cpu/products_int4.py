@@ -54,7 +54,7 @@ def emit_int4(add_group: Callable, value_size: int, e: Emitter, tile: Tile) -> N
     groups = e.div(e.add(tile.K, GROUP - 1), GROUP)
     sums_at = e.mul(groups, GROUP * value_size)  # in a row of x
 
-    def strip(strip: Strip) -> None:
+    def one_strip(strip: Strip) -> None:
         def group(g, totals):
             step = e.mul(g, WORDS)
             strip.prefetch(e, step, WORDS)
@@ -79,7 +79,7 @@ def emit_int4(add_group: Callable, value_size: int, e: Emitter, tile: Tile) -> N
             values.append([e.fmul(value, token_scale) for value in sums])
         strip.store(e, values)
 
-    tile.strips(e, e.mul(groups, WORDS), strip)
+    tile.strips(e, e.mul(groups, WORDS), one_strip)
 
 
 def nibbles(e: Emitter, word):

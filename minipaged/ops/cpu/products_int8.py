@@ -41,7 +41,7 @@ def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
 def emit_vnni(e: Emitter, tile: Tile) -> None:
     """Rows of ``biased`` bytes, by ``vpdpbusd``."""
 
-    def strip(strip: Strip) -> None:
+    def one_strip(strip: Strip) -> None:
         def step(quad, totals):
             strip.prefetch(e, quad)
             words, result = strip.load(e, quad, e.i8), []
@@ -53,14 +53,14 @@ def emit_vnni(e: Emitter, tile: Tile) -> None:
         start = strip.of_row(e, tile.w_aux, e.i32) * tile.height
         scale_and_store(e, strip, e.loop(quads(e, tile), start, step))
 
-    tile.strips(e, quads(e, tile), strip)
+    tile.strips(e, quads(e, tile), one_strip)
 
 
 def emit_pmaddwd(e: Emitter, tile: Tile) -> None:
     """Rows of ``pairs``, by ``pmaddwd``."""
     b, eight = e.builder, e.constant(e.i16, 8)
 
-    def strip(strip: Strip) -> None:
+    def one_strip(strip: Strip) -> None:
         def step(quad, totals):
             strip.prefetch(e, quad)
             words, result = strip.load(e, quad, e.i16), []
@@ -77,7 +77,7 @@ def emit_pmaddwd(e: Emitter, tile: Tile) -> None:
         start = [e.constant(e.i32, 0)] * (tile.height * tile.width)
         scale_and_store(e, strip, e.loop(quads(e, tile), start, step))
 
-    tile.strips(e, quads(e, tile), strip)
+    tile.strips(e, quads(e, tile), one_strip)
 
 
 def quads(e: Emitter, tile: Tile) -> ir.Value:
