@@ -251,7 +251,7 @@ def _model_file(path: Path) -> Path:
         if path.suffix in (".gguf", ".mpk") or file.read(8).startswith((b"GGUF", b"minipack")):
             return path
     raise ModelNotFoundError(
-        f"{path} is neither a GGUF file nor a packed one; for safetensors, name the directory ({path.parent})."
+        f"{path} is not a GGUF file; for safetensors, name the directory ({path.parent})."
     )
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from minipaged import __version__
 from minipaged.errors import ConfigError, ModelFormatError
 from minipaged.model import catalog, packed_file
 from minipaged.model.architectures import load_weights
 from minipaged.model.cpu_decoder import pack_as
 from minipaged.model.loader import LoadedModel, load_model
-from minipaged.model.packed_model import TOKENIZER, place, stamps
+from minipaged.model.packed_model import TOKENIZER, place, sources_digest, stamps
 from minipaged.model.packed_weights import empty_weights, layout_digest, named_arrays
 
 MAX_ARRAYS = 1 << 20
@@ -71,8 +70,8 @@ def _header(model: LoadedModel, weight_format: str, source_stamps: dict) -> dict
     """What stands beside the arrays; the keys are those that :class:`PackedModel` reads."""
     tokenizer, template = model.tokenizer, model.chat_template
     return {
-        "minipaged": __version__,
         "weight_format": weight_format,
+        "sources": sources_digest(),
         "layout": layout_digest(weight_format),
         "stamps": source_stamps,
         "config": model.hf_config,

@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -170,22 +170,14 @@ def _pad(file) -> None:
 @contextlib.contextmanager
 def _replacing(path: Path):
     """A file to write to, which becomes ``path`` if the block ends well and vanishes if it does not."""
-    file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".partial", delete=False)  # noqa: SIM115
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with file:
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(file.name, 0o666 & ~_umask())
-        os.replace(file.name, path)
+        os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(file.name)
+            partial.unlink()
         raise
-
-
-def _umask() -> int:
-    """What new files of this process may not have; temporary files are for their owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

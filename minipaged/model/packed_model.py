@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minipaged import __version__
 from minipaged.errors import ModelError, ModelFormatError, UnsupportedModelError
 from minipaged.home import home
 from minipaged.model.architectures import config_from_hf
@@ -40,8 +39,8 @@ class PackedModel:
 
     Attributes:
         weight_format: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``, what it was packed as.
-        version: of the minipaged that packed it.
-        layout: fingerprint of how numbers were packed.
+        sources: digest of the code that read the model and packed it.
+        layout: digest of how numbers were packed.
         stamps: size and time of change of the files it was made from.
         hf_config: the configuration in ``config.json``'s spelling.
     """
@@ -51,7 +50,7 @@ class PackedModel:
         file = PackedFile(self.path)
         self._header, self._arrays = file.header, file.arrays
         self.weight_format: str = self._get("weight_format", str)
-        self.version: str = self._get("minipaged", str)
+        self.sources: str = self._get("sources", str)
         self.layout: str = self._get("layout", str)
         self.stamps: dict = self._get("stamps", dict)
         self.hf_config: dict = self._get("config", dict)
@@ -95,7 +94,7 @@ class PackedModel:
         from minipaged.model.packed_weights import layout_digest, weights_from
 
         if self.layout != layout_digest(self._known_format()):
-            raise self._bad(f"minipaged {self.version} packed it in another layout than this one reads; pack it again")
+            raise self._bad("another version of minipaged packed it, in a layout that this one does not read; pack it again")
         return weights_from(self.config, self.weight_format, self._arrays, self._bad)
 
     # -- the weights as a list --------------------------------------------------------------------
@@ -131,8 +130,8 @@ class PackedModel:
 
         if self.stamps != stamps(source):
             return "the model's files have changed"
-        if self.version != __version__ or self.layout != layout_digest(self._known_format()):
-            return f"minipaged {self.version} made it, and this is {__version__}"
+        if self.sources != sources_digest() or self.layout != layout_digest(self._known_format()):
+            return "another version of minipaged made it"
         return None
 
     def _known_format(self) -> str:
@@ -150,6 +149,15 @@ class PackedModel:
 
     def _bad(self, problem: str) -> ModelFormatError:
         return ModelFormatError(f"{self.path}: {problem}.")
+
+
+@cache
+def sources_digest() -> str:
+    """sha256 over the sources of this package: what they would read and pack today, they did then."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def stamps(source: Path) -> dict[str, list[int]]:
