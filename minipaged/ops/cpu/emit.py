@@ -35,7 +35,7 @@ from numba.extending import intrinsic
 from . import features
 from .features import InstructionSet
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 
@@ -135,9 +135,11 @@ class Emitter:
     # ---- float32 arithmetic
 
     def fadd(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """``a + b``"""
         return self.builder.fadd(a, b)
 
     def fmul(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """``a * b``"""
         return self.builder.fmul(a, b)
 
     def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
@@ -152,9 +154,6 @@ class Emitter:
     def fmax(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """The larger one, lane by lane, as one ``maxps``: if either is NaN, ``b``."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
-
-    def fabs(self, a: ir.Value) -> ir.Value:
-        return self.call_vector("llvm.fabs", a)
 
     def to_float(self, a: ir.Value) -> ir.Value:
         """int32 lanes as float32."""
