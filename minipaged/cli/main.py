@@ -12,7 +12,7 @@ import sys
 import traceback
 
 from minipaged import __version__
-from minipaged.cli import bench, chat, doctor, generate, inspect, models, pack, pull
+from minipaged.cli import bench, chat, doctor, generate, inspect, models, pack, pull, warmup
 from minipaged.cli.options import add_common_options
 from minipaged.errors import InvalidParameterError, MinipagedError
 
@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": inspect,
     "bench": bench,
     "doctor": doctor,
+    "warmup": warmup,
 }
 EXIT_BUG, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 

@@ -49,7 +49,7 @@ class Machine:
             input_ids=np.concatenate([ids[p] for (ids, *_), p in zip(parts, positions, strict=True)]),
             positions=np.concatenate(positions),
             slot_mapping=np.concatenate(
-                [table[p // size].astype(np.int64) * size + p % size for (_, table, *_), p in zip(parts, positions)]
+                [part[1][p // size].astype("i8") * size + p % size for part, p in zip(parts, positions, strict=True)]
             ),
             query_start_loc=np.cumsum([0, *lengths]).astype(np.int32),
             context_lens=np.array([end for *_, end in parts], np.int32),
