@@ -94,7 +94,7 @@ class PackedModel:
         from minipaged.model.packed_weights import layout_digest, weights_from
 
         if self.layout != layout_digest(self._known_format()):
-            raise self._bad("another version of minipaged packed it, in a layout that this one does not read; pack it again")
+            raise self._bad("another version of minipaged packed it, in another layout; pack it again")
         return weights_from(self.config, self.weight_format, self._arrays, self._bad)
 
     # -- the weights as a list --------------------------------------------------------------------

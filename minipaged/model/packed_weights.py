@@ -134,10 +134,7 @@ def _kind(weight_format: str, role: str) -> str | np.dtype:
 
 
 def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    try:
-        return np.broadcast_to(dtype.type(0), shape)
-    except ValueError:
-        raise ModelFormatError(f"an array of {dtype} {shape} is larger than any memory.") from None
+    return np.broadcast_to(dtype.type(0), shape)
 
 
 @cache

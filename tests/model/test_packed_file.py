@@ -41,7 +41,7 @@ def test_arrays_come_back_aligned_and_read_only(tmp_path):
     assert is_packed(path)
 
 
-def container(header: object, data: bytes = b"", *, version: int = 1, magic: bytes = MAGIC, digest: bytes = b"") -> bytes:
+def container(header, data: bytes = b"", *, version: int = 1, magic: bytes = MAGIC, digest: bytes = b"") -> bytes:
     """A file of these parts; the header's place in it is honest."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     digest = digest or hashlib.sha256(text).digest()
@@ -62,7 +62,8 @@ def fit(header: dict, num_bytes: int) -> bytes:
 
 def test_a_file_made_by_hand_is_read(tmp_path):
     (tmp_path / "a.mpk").write_bytes(fit(arrays(["x", "int8", [3]], ["y", "int8", [64]]), 128))
-    assert {name: array.shape for name, array in PackedFile(tmp_path / "a.mpk").arrays.items()} == {"x": (3,), "y": (64,)}
+    found = PackedFile(tmp_path / "a.mpk").arrays
+    assert {name: array.shape for name, array in found.items()} == {"x": (3,), "y": (64,)}
 
 
 BAD = {
