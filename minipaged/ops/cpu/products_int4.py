@@ -57,7 +57,7 @@ def emit_int4(add_group: Callable, value_size: int, e: Emitter, tile: Tile) -> N
     def one_strip(strip: Strip) -> None:
         def group(g, totals):
             step = e.mul(g, WORDS)
-            strip.prefetch(e, step, WORDS)
+            strip.prefetch(e, step, WORDS, single_row=not e.isa.has_vnni)
             words = (strip.load(e, e.add(step, n), e.i32) for n in range(WORDS))  # loaded when they are needed
             rows = [e.add(tile.row(e, row), e.mul(g, GROUP * value_size)) for row in range(tile.height)]
             sums = add_group(e, words, rows)

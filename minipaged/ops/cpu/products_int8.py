@@ -62,7 +62,7 @@ def emit_pmaddwd(e: Emitter, tile: Tile) -> None:
 
     def one_strip(strip: Strip) -> None:
         def step(quad, totals):
-            strip.prefetch(e, quad)
+            strip.prefetch(e, quad, single_row=True)
             words, result = strip.load(e, quad, e.i16), []
             even = [b.ashr(b.shl(word, eight), eight) for word in words]
             odd = [b.ashr(word, eight) for word in words]

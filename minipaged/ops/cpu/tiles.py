@@ -26,8 +26,7 @@ are divided evenly: 8 rows at a tallest tile of 6 are 4 + 4, not 6 + 2.
 The hardware fetches a sequence ahead, but not the interleaved strips of tall tiles. So these ask for
 two lines at each step: the one that the strip needs a few steps later, into L1; and one of the *next*
 panel, into L2. The tiles of a panel share the latter out, so memory works at an even pace while the
-multipliers do. (Measured on AVX2: 70% of the peak without, 97% with. A single row gains 10 to 20% from
-the first kind.)
+multipliers do. (float32 on AVX2: 70% of the peak without, 97% with.)
 """
 
 from __future__ import annotations
@@ -103,11 +102,15 @@ class Strip:
         """The weights of one step, as vectors of ``type_``."""
         return self.vectors(e, e.add(e.add(self.tile.w, self.offset), e.mul(step, STEP_BYTES)), type_)
 
-    def prefetch(self, e: Emitter, step: ir.Value, num_steps: int = 1) -> None:
-        """Ask for lines that steps ``step .. step + num_steps - 1`` have the time to wait for."""
+    def prefetch(self, e: Emitter, step: ir.Value, num_steps: int = 1, single_row: bool = False) -> None:
+        """Ask for lines that steps ``step .. step + num_steps - 1`` have the time to wait for.
+
+        ``single_row`` asks in sequence, too, for a tile of one row: it pays where a step takes the
+        multipliers longer than the hardware expects.
+        """
         strip_bytes = self.tile.width * e.isa.vector_bytes
         whole_panel = strip_bytes == STEP_BYTES
-        if whole_panel and (self.tile.height > 1 or e.isa.vector_bytes == 64):
+        if whole_panel and not (single_row and self.tile.height == 1):
             return  # a sequence that the hardware follows by itself
         near = e.add(e.add(self.tile.w, self.offset), e.mul(step, STEP_BYTES))
         next_panel = e.add(self.next_w, e.mul(step, self.next_stride))
