@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 
 from minipaged.config import EngineConfig, SamplingParams
@@ -21,8 +22,9 @@ class AsyncLLM:
 
     def __init__(self, model: str = "smollm2-135m", **options):
         self.config = EngineConfig.from_options(model=str(model), **options)
-        self._engine = Engine(self.config)
-        self._thread = EngineThread(self._engine)
+        self._thread = EngineThread(Engine(self.config))
+        # Also ends the thread of an AsyncLLM that is dropped without close(), and at exit.
+        self._finalizer = weakref.finalize(self, self._thread.close)
 
     async def generate(
         self,
@@ -38,7 +40,7 @@ class AsyncLLM:
         Cancelling the task, or leaving the loop and closing the iterator, aborts the request.
         Raises as :meth:`~minipaged.engine.Engine.prepare`, at the first iteration.
         """
-        prepared = self._engine.prepare(
+        prepared = self._thread.open_engine().prepare(
             prompt, sampling_params, request_id=request_id, priority=priority, cache_salt=cache_salt, stream=True
         )
         loop = asyncio.get_running_loop()
@@ -70,16 +72,16 @@ class AsyncLLM:
 
     async def stats(self) -> EngineStats:
         """Counters since the engine was made, and gauges of this moment."""
-        return await asyncio.to_thread(self._thread.call, self._engine.stats)
+        return await asyncio.to_thread(self._thread.call, self._thread.open_engine().stats)
 
     @property
     def tokenizer(self):
         """The model's :class:`~minipaged.model.tokenizer.Tokenizer`."""
-        return self._engine.model.tokenizer
+        return self._thread.open_engine().model.tokenizer
 
     def close(self) -> None:
-        """Abort what is unfinished and end the engine's thread. Closing twice is harmless."""
-        self._thread.close()
+        """Abort what is unfinished and let go of the model's memory. Closing twice is harmless."""
+        self._finalizer()
 
     async def __aenter__(self) -> AsyncLLM:
         return self

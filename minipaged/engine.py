@@ -167,6 +167,7 @@ class Engine:
         if prepared is None:
             raise UnknownRequestError(f"no unfinished request has the id {request_id!r}.")
         self.scheduler.abort(request_id)
+        prepared.output.metrics.num_preemptions = prepared.request.num_preemptions
         prepared.output.end("abort")
         return prepared.output.build()
 

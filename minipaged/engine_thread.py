@@ -32,6 +32,13 @@ class EngineThread:
         self._thread = threading.Thread(target=self._loop, name="minipaged-engine", daemon=True)
         self._thread.start()
 
+    def open_engine(self) -> Engine:
+        """The engine, for what only reads. Raises :class:`EngineClosedError` if it has stopped."""
+        engine = self.engine
+        if engine is None:
+            raise self._dead() from self._death
+        return engine
+
     def submit(self, prepared: PreparedRequest, sink: Sink) -> None:
         """Queue a prepared request; its outputs, the last one finished, go to ``sink``."""
         request_id = prepared.request.request_id

@@ -1,6 +1,9 @@
 """``AsyncLLM``: many tasks, abort by cancelling, and an engine that dies loudly."""
 
 import asyncio
+import gc
+import threading
+import weakref
 
 import pytest
 
@@ -88,7 +91,7 @@ def test_a_dying_engine_tells_everyone():
         task = asyncio.create_task(collect(llm, "LONG\n", GREEDY.clone(max_tokens=400)))
         while (await llm.stats()).num_requests_running == 0:
             await asyncio.sleep(0.001)
-        llm._engine.step = broken
+        llm._thread.engine.step = broken
         with pytest.raises(EngineClosedError, match="on fire"):
             await task
         with pytest.raises(EngineClosedError, match="on fire"):
@@ -109,3 +112,27 @@ def test_closing_aborts_what_runs():
             await collect(llm, "LATER\n")
 
     asyncio.run(asyncio.wait_for(main(), timeout=60))
+
+
+def test_closing_lets_the_memory_go():
+    llm = AsyncLLM("tiny-draft", device="reference", num_blocks=64)
+    engine = weakref.ref(llm._thread.engine)
+    llm.close()
+    llm.close()
+    gc.collect()
+    assert engine() is None
+    with pytest.raises(EngineClosedError, match="closed"):
+        _ = llm.tokenizer
+    with pytest.raises(EngineClosedError, match="closed"):
+        asyncio.run(collect(llm, "x"))
+    with pytest.raises(EngineClosedError, match="closed"):
+        asyncio.run(llm.stats())
+
+
+def test_a_dropped_async_llm_ends_its_thread():
+    before = threading.active_count()
+    llm = AsyncLLM("tiny-draft", device="reference", num_blocks=64)
+    assert threading.active_count() == before + 1
+    del llm
+    gc.collect()
+    assert threading.active_count() == before
