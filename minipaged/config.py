@@ -84,7 +84,7 @@ class EngineConfig:
         num_blocks: KV blocks in the pool; ``None`` sizes it from ``kv_cache_memory``.
         kv_cache_memory: bytes for the KV pool when ``num_blocks`` is ``None``; ``None`` lets the
             engine choose: room for ``max_num_seqs`` sequences of ``max_model_len`` tokens, at most
-            a quarter of the memory that is free.
+            2 GiB and a quarter of the memory that is free.
         block_size: tokens a block, a power of two from 1 to 256.
         max_model_len: prompt plus generated tokens of one request; ``None``: what the model allows.
         max_num_seqs: sequences that run in one step, at most.
@@ -93,7 +93,8 @@ class EngineConfig:
         policy: ``"fcfs"``, ``"priority"`` (lower value first), or ``"static"``: contiguous
             max-length reservation and batches that wait for their slowest member, the baseline
             that paged attention replaced, kept for comparison.
-        num_threads: compute threads; ``None``: the physical cores this process may use.
+        num_threads: compute threads; ``None``: the physical cores this process may use (on
+            ``"reference"``: what BLAS chooses).
         seed: seed of requests that bring none.
         speculative_model: reserved for speculative decoding; refused where it is not available.
         swap_space: bytes of host memory for preempted KV; refused where it is not available.

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from minipaged.cli.options import add_engine_options, add_sampling_options, given
+from minipaged.cli.options import DEFAULT_MAX_TOKENS, add_engine_options, add_sampling_options, given
 from minipaged.cli.terminal import note, write
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidParameterError, MinipagedError
@@ -28,7 +28,6 @@ examples:
   minipaged generate --file notes.txt --system "Summarise the user's text."
   git log -5 | minipaged generate -
 """
-DEFAULT_MAX_TOKENS = 256
 OMITTED_ENGINE_OPTIONS = ("seed",)  # --seed is the request's seed here
 
 
@@ -118,7 +117,7 @@ def make_prompt(llm, text: str, *, raw: bool, system: str | None) -> dict:
 def sampling_params(llm, prompt: dict, options: dict) -> SamplingParams:
     """The model's defaults with ``options`` over them.
 
-    Unless ``max_tokens`` is given it is 256, or what is left of ``max_model_len`` if that is less.
+    Unless ``max_tokens`` is given it is ``DEFAULT_MAX_TOKENS``, or what is left of ``max_model_len`` if that is less.
     """
     room = llm.max_model_len - len(prompt["prompt_token_ids"])
     usual = max(DEFAULT_MAX_TOKENS, options.get("min_tokens", 0))

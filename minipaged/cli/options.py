@@ -24,6 +24,8 @@ CHOICES = {
     "policy": config.POLICIES,
 }
 BYTES = ("kv_cache_memory", "swap_space")
+DEFAULT_MAX_TOKENS = 256
+"""On the command line ``max_tokens`` is this, or what is left of ``max_model_len`` if that is less."""
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,11 @@ def add_engine_options(parser: argparse.ArgumentParser, omit: tuple[str, ...] = 
 
 def add_sampling_options(parser: argparse.ArgumentParser, omit: tuple[str, ...] = ()) -> None:
     """Add a flag for each field of ``SamplingParams`` but those in ``omit``."""
-    group = parser.add_argument_group("sampling options", "What is not given follows the model's recommendation.")
+    group = parser.add_argument_group(
+        "sampling options",
+        "What is not given follows the model's recommendation; without --max-tokens "
+        f"an answer has at most {DEFAULT_MAX_TOKENS} tokens.",
+    )
     _add_fields(group, SamplingParams, omit, show_defaults=False)
 
 

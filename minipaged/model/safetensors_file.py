@@ -113,8 +113,10 @@ class SafetensorsFile:
     def _read_header(self) -> dict[str, TensorInfo]:
         self.size = size = self.path.stat().st_size
         with open(self.path, "rb") as file:
+            if size < 8:
+                raise self._bad(f"it has {size} bytes, but the length of the header alone takes 8; it is truncated")
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
+            if length > size - 8:
                 raise self._bad(f"its header has {length} bytes, but the file only {size}; it is truncated")
             if length > MAX_HEADER_BYTES:
                 raise self._bad(f"its header has {length} bytes; the limit is {MAX_HEADER_BYTES}")
