@@ -81,5 +81,9 @@ class NumericalError(MinipagedError):
     """The model produced NaN or infinite logits for a request."""
 
 
+class BenchmarkError(MinipagedError):
+    """An engine that minipaged was compared with failed, or did other work than it was asked for."""
+
+
 class IntegrityError(MinipagedError):
     """A law of the block pool was broken: a bug in minipaged, never the caller's fault."""

@@ -142,3 +142,69 @@ def memory_text(result: dict, definition: str) -> str:
         + "\n\n"
         + definition
     )
+
+
+def quality_text(result: dict) -> str:
+    """One row a mode."""
+    rows = [
+        [
+            mode["mode"],
+            mode["device"],
+            human_bytes(mode["weight_bytes"]),
+            f"{mode['loss']:.4f}",
+            f"{mode['perplexity']:.3f}",
+            f"{mode['ratio']:.4f}",
+            f"{mode['prefix']:.1%}",
+            f"{mode['argmax']:.1%}",
+        ]
+        for mode in result["modes"]
+    ]
+    headers = ["mode", "device", "weights", "loss", "perplexity", "ratio", "same prefix", "same argmax"]
+    return (
+        f"{result['tokens']} tokens of text in windows of {result['window']}, {result['tokens_scored']} scored; "
+        f"{result['num_prompts']} prompts of {result['prompt_len']} tokens, continued by {result['output_len']}\n\n"
+        + table(headers, rows, right=tuple(range(2, len(headers))))
+        + "\n\nloss: nats a token; ratio: of perplexity, to the first mode's"
+        "\nsame prefix: greedy tokens before the first difference from the first mode's"
+        "\nsame argmax: greedy tokens equal to the first mode's, given the same context"
+    )
+
+
+def compare_text(result: dict) -> str:
+    """Every engine's medians; then a row for each of our modes, metric and peer, won or lost."""
+    metrics = result["metrics"]
+    engines = [
+        [
+            name,
+            *(f"{engine['metrics'][m['name']]['median']:.1f}" for m in metrics),
+            human_bytes(engine["peak_rss"]) if engine["peak_rss"] else "unknown",
+            engine["about"]["version"],
+        ]
+        for name, engine in result["engines"].items()
+    ]
+    headers = ["engine", *(f"{m['title']}, {m['unit']}" for m in metrics), "peak memory", "version"]
+    units = {m["name"]: m for m in metrics}
+    ratios = [
+        [
+            units[row["metric"]]["title"],
+            row["engine"],
+            row["peer"],
+            f"{row['ratio']:.2f}x" + ("" if row["ratio"] >= 1 else "  lost"),
+            f"{min(row['rounds']):.2f} to {max(row['rounds']):.2f}",
+            f"{row['ratio_at_floor']:.2f}x",
+            f"{row['share_of_floor']:.0%}",
+        ]
+        for row in result["ratios"]
+    ]
+    rates = "\n".join(
+        f"{format}: {rate['bytes'] / 1e9:.1f} GB/s, {rate['operations'] / 1e9:.0f} billion operations/s "
+        f"(attention {rate['attention_operations'] / 1e9:.0f})"
+        for format, rate in result["rates"].items()
+    )
+    text = f"medians of {result['rounds']} rounds, engines in turn, {result['num_threads']} threads\n\n"
+    text += table(headers, engines, right=tuple(range(1, len(metrics) + 2)))
+    if ratios:
+        headers = ["metric", "ours", "peer", "ratio", "in rounds", "at the floor", "floor / ours"]
+        text += "\n\n" + table(headers, ratios, right=(4, 5, 6))
+        text += "\n\nratio: above 1, ours is faster; at the floor: what it would be if ours took its floor"
+    return text + f"\nmeasured in the same rounds, for the floors:\n{rates}"

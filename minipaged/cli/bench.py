@@ -1,4 +1,4 @@
-"""Measure throughput, latency, or how much KV memory is wasted."""
+"""Measure speed, KV memory waste, what a precision costs, and other engines on the same work."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import json
 
+from minipaged.bench.modes import MODE_OPTIONS
 from minipaged.cli.options import add_common_options, add_engine_options, given, positive_int, positive_ints
 from minipaged.cli.terminal import note, write
 from minipaged.config import POLICIES, EngineConfig
 
-SUMMARY = "measure throughput, latency or KV memory waste"
+SUMMARY = "measure throughput, latency, KV memory waste or quality"
+METRICS = ("ttft", "decode", "prefill", "users")
 DISTRIBUTIONS = ("conversation", "instruction", "uniform", "fixed")
 EPILOG = """\
 examples:
@@ -18,6 +20,8 @@ examples:
   minipaged bench throughput --distribution fixed --input-len 128 --output-len 64 --json result.json
   minipaged bench latency --prompt-len 128 --batch-size 1,32
   minipaged bench memory
+  minipaged bench quality --text held-out.txt --mode reference --mode cpu:int8 --mode cpu:int4:kv=int8
+  minipaged bench compare --peer transformers=/venv/bin/python:/models/hf --mode cpu:int8 --json result.json
 """
 OMITTED_ENGINE_OPTIONS = ("seed",)  # --seed is the workload's here; nothing is sampled at random
 SCHEDULER_OPTIONS = ("block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
@@ -28,6 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_throughput(_add(kinds, "throughput", _throughput, "tokens/s of a workload, and what a policy changes"))
     _configure_latency(_add(kinds, "latency", _latency, "time to first token, and decode speed by batch size"))
     _configure_memory(_add(kinds, "memory", _memory, "reserved KV slots that hold no token, paged and contiguous"))
+    _configure_compare(_add(kinds, "compare", _compare, "other engines on the same work, in turn with ours"))
+    _configure_quality(_add(kinds, "quality", _quality, "perplexity and greedy agreement of each precision"))
 
 
 def _add(kinds, name: str, function, summary: str) -> argparse.ArgumentParser:
@@ -80,6 +86,42 @@ def _configure_memory(parser: argparse.ArgumentParser) -> None:
             group.add_argument(
                 flag, dest=field.name, type=positive_int, default=default, metavar="N", help=f"(default: {default})"
             )
+
+
+def _configure_quality(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", metavar="FILE", required=True, help="held-out text, UTF-8")
+    parser.add_argument(
+        "--mode",
+        action="append",
+        required=True,
+        metavar="MODE",
+        help="DEVICE[:DTYPE][:QUANTIZATION][:kv=DTYPE], repeatable; the first is what the others are compared with",
+    )
+    parser.add_argument("--window", type=positive_int, default=256, metavar="N", help="tokens scored together; 256")
+    parser.add_argument("--max-tokens", type=positive_int, metavar="N", help="of the text (default: all)")
+    parser.add_argument("--num-prompts", type=positive_int, default=20, metavar="N", help="continued greedily; 20")
+    parser.add_argument("--prompt-len", type=positive_int, default=64, metavar="N", help="tokens of each prompt; 64")
+    parser.add_argument("--output-len", type=positive_int, default=64, metavar="N", help="tokens that follow each; 64")
+    add_engine_options(parser, omit=(*OMITTED_ENGINE_OPTIONS, *MODE_OPTIONS, "enable_prefix_caching"))
+
+
+def _configure_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="KIND=PYTHON[:MODEL][,OPTION=VALUE...]",
+        help="an engine, the Python that has it, and the model in its format; repeatable. name=... labels its rows",
+    )
+    parser.add_argument("--model", default=EngineConfig.model, metavar="NAME", help="also of a peer that names none")
+    parser.add_argument(
+        "--mode", action="append", metavar="MODE", help="ours: DEVICE[:DTYPE][:QUANTIZATION][:kv=DTYPE]; cpu:int8"
+    )
+    parser.add_argument("--metric", action="append", choices=METRICS, help="only this one; repeatable (default: all)")
+    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="after one not counted; 5")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and tokens (default: 0)")
+    parser.add_argument("--num-threads", type=positive_int, metavar="N", help="of every engine (default: all cores)")
+    parser.add_argument("--timeout", type=positive_int, default=600, metavar="S", help="of one answer, seconds; 600")
 
 
 def _add_workload_options(parser: argparse.ArgumentParser, num_requests: int) -> None:
@@ -175,3 +217,44 @@ def _memory(args: argparse.Namespace) -> tuple[str, dict]:
         **limits,
     )
     return report.memory_text(result, memory.DEFINITION), {"bench": "memory", "definition": memory.DEFINITION, **result}
+
+
+def _compare(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench import machine, report
+    from minipaged.bench.compare import measure, peers, trace
+    from minipaged.bench.modes import check_modes
+    from minipaged.ops.cpu.team import default_num_threads
+
+    modes = args.mode or ["cpu:int8"]
+    check_modes(modes)
+    specs = [peers.parse_peer(text, args.model) for text in args.peer]
+    result = measure.measure(
+        [peers.own_spec(args.model, mode) for mode in modes],
+        specs,
+        metrics=tuple(metric for metric in trace.METRICS if metric.name in (args.metric or METRICS)),
+        rounds=args.rounds,
+        seed=args.seed,
+        num_threads=args.num_threads or default_num_threads(),
+        timeout=args.timeout,
+        progress=note,
+    )
+    result = {"bench": "compare", "model": args.model, "cpu": machine.cpu()["model"], **result}
+    return f"model  {args.model}\ncpu    {result['cpu']}\n" + report.compare_text(result), result
+
+
+def _quality(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench import quality, report
+
+    result = quality.measure(
+        args.mode,
+        quality.read_text(args.text),
+        window=args.window,
+        max_tokens=args.max_tokens,
+        num_prompts=args.num_prompts,
+        prompt_len=args.prompt_len,
+        output_len=args.output_len,
+        progress=note,
+        **given(args, EngineConfig, omit=MODE_OPTIONS),
+    )
+    model = getattr(args, "model", EngineConfig.model)
+    return f"model  {model}\n" + report.quality_text(result), {"bench": "quality", "model": model, **result}
