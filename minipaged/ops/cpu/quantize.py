@@ -58,7 +58,8 @@ def _bytes_row(x, K, inverse, q, padded):
     values, out = floats(x, K), bytes8(q, padded)
     for k in range(K):
         out[k] = _rounded(values[k], inverse)
-    out[K:] = 0
+    for k in range(K, len(out)):
+        out[k] = 0
 
 
 @compiled
@@ -66,7 +67,8 @@ def _biased_row(x, K, inverse, q, padded):
     values, out = floats(x, K), bytes8(q, padded)
     for k in range(K):
         out[k] = _rounded(values[k], inverse) + 128  # stored modulo 256
-    out[K:] = -128
+    for k in range(K, len(out)):
+        out[k] = -128
 
 
 @compiled
@@ -76,7 +78,8 @@ def _pairs_row(x, K, inverse, q, padded):
         for i in range(4):
             out[4 * quad + i] = _rounded(values[4 * quad + ((i & 1) << 1 | i >> 1)], inverse)
     whole = K // 4 * 4
-    out[whole:] = 0
+    for k in range(whole, padded):
+        out[k] = 0
     for k in range(whole, K):
         i = k - whole
         out[whole + ((i & 1) << 1 | i >> 1)] = _rounded(values[k], inverse)
@@ -102,7 +105,8 @@ def _bfloat16_row(x, K, q):
             out[k] = 0x7FC0  # NaN: rounding its bits up could make an infinity of it
         else:
             out[k] = (word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-    out[K:] = 0
+    for k in range(K, len(out)):
+        out[k] = 0
 
 
 def prepare_bfloat16():
