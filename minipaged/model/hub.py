@@ -50,9 +50,9 @@ def snapshot(name: str, pull: bool = True) -> Path:
             repository, revision=revision, allow_patterns=NEEDED_FILES, local_files_only=not pull
         )
     except Exception as error:  # network, authorisation, disk: the library has a dozen kinds
-        lines = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines() or ["no details"]
         raise DownloadError(
-            f"{name!r} could not be pulled from the hub: {type(error).__name__}: {lines[0] if lines else 'no details'} "
+            f"{name!r} could not be pulled from the hub: {type(error).__name__}: {lines[0].rstrip('.')}. "
             "Check the name and the network; gated models need `hf auth login`. "
             "The model inside the package needs neither: --model tiny."
         ) from None
