@@ -110,8 +110,8 @@ def _configure_compare(parser: argparse.ArgumentParser) -> None:
         "--peer",
         action="append",
         default=[],
-        metavar="KIND=PYTHON[:MODEL][,OPTION=VALUE...]",
-        help="an engine, the Python that has it, and the model in its format; repeatable. name=... labels its rows",
+        metavar="KIND=PROGRAM[:MODEL][,OPTION=VALUE...]",
+        help="openvino, transformers or llamacpp, the Python (or node) that has it, its model; repeatable",
     )
     parser.add_argument("--model", default=EngineConfig.model, metavar="NAME", help="also of a peer that names none")
     parser.add_argument(

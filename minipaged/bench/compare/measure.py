@@ -11,6 +11,7 @@ from minipaged.bench.compare.floors import Rates, measure_rates, run_floor
 from minipaged.bench.compare.peers import Peer, PeerSpec
 from minipaged.bench.compare.trace import METRICS, Metric, Timing, draw_lengths, draw_requests, limits
 from minipaged.bench.summary import median, summary
+from minipaged.errors import ConfigError
 
 PAUSE = 0.3  # seconds before a run, in which the threads of the engine before it go to sleep
 
@@ -34,7 +35,14 @@ def measure(
 
     Returns ``{"engines": {name: {"about", "peak_rss", "metrics": {metric: summary}}}, "rates",
     "floors": {our name: {metric: value at the floor}}, "ratios": [...]}``.
+
+    Raises :class:`ConfigError` if two engines share a name,
+    :class:`~minipaged.errors.BackendUnavailableError` if one cannot be started, and
+    :class:`~minipaged.errors.BenchmarkError` if one fails later or does other work than was asked for.
     """
+    names = [spec.name for spec in [*ours, *peers]]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"engines {', '.join(names)} share a name; tell peers apart with name=...")
     report = progress or (lambda line: None)
     lengths = {metric.name: draw_lengths(metric, seed) for metric in metrics}
     room = limits(list(lengths.values()), num_threads)

@@ -16,8 +16,15 @@ from minipaged.bench.compare.trace import Timing
 from minipaged.errors import BackendUnavailableError, BenchmarkError, ConfigError
 
 RUNNERS = Path(__file__).with_name("runners")
-KINDS = ("openvino", "transformers")
-SYNTAX = "KIND=PYTHON[:MODEL][,OPTION=VALUE...]"
+# The script of each kind of engine, run by the program that the user names (a Python; node for llama.cpp).
+SCRIPTS = {
+    "llamacpp": "run_llamacpp.mjs",
+    "minipaged": "run_minipaged.py",
+    "openvino": "run_openvino.py",
+    "transformers": "run_transformers.py",
+}
+KINDS = tuple(kind for kind in SCRIPTS if kind != "minipaged")
+SYNTAX = "KIND=PROGRAM[:MODEL][,OPTION=VALUE...]"
 # What ties a Python to the environment that started us, not to its own.
 _OWN_ENVIRONMENT = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 _CLOSE_SECONDS = 10
@@ -25,11 +32,11 @@ _CLOSE_SECONDS = 10
 
 @dataclass(frozen=True)
 class PeerSpec:
-    """An engine to run: which runner, by which Python, on which model, with the engine's own options."""
+    """An engine to run: which runner, by which program, on which model, with the engine's own options."""
 
     name: str
     kind: str
-    python: str
+    program: str
     model: str
     options: dict[str, str]
 
@@ -46,11 +53,13 @@ def parse_peer(text: str, default_model: str) -> PeerSpec:
         if not equals or not name:
             raise ConfigError(f"peer {text!r} has the part {pair!r}; it must be OPTION=VALUE ({SYNTAX}).")
         options[name] = value
-    python, _, model = where.partition(":")
-    if not os.access(python, os.X_OK) or Path(python).is_dir():
-        raise ConfigError(f"peer {text!r}: {python!r} is not a program; name the Python that has {kind}.")
+    program, _, model = where.partition(":")
+    if not os.access(program, os.X_OK) or Path(program).is_dir():
+        raise ConfigError(
+            f"peer {text!r}: {program!r} is not a program; name the Python (llamacpp: the node) that has it."
+        )
     name = options.pop("name", kind)
-    return PeerSpec(name, kind, python, model or default_model, options)
+    return PeerSpec(name, kind, program, model or default_model, options)
 
 
 def own_spec(model: str, mode: str) -> PeerSpec:
@@ -70,7 +79,7 @@ class Peer:
         self._log = tempfile.TemporaryFile()  # the engine's stderr
         self._answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._process = subprocess.Popen(
-            [spec.python, str(RUNNERS / f"run_{spec.kind}.py")],
+            [spec.program, str(RUNNERS / SCRIPTS[spec.kind])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -133,6 +142,7 @@ class Peer:
         except OSError:
             line = ""
         except queue.Empty:
+            self._process.kill()  # it is busy with something, and would not hear that its stdin ended
             raise error(
                 f"{name} gave no answer to {message['op']!r} in {self.timeout:.0f} s; raise --timeout."
                 + self._last_words()
@@ -142,8 +152,9 @@ class Peer:
             raise error(f"{name} ended with status {status}, not answering {message['op']!r}.{self._last_words()}")
         answer = json.loads(line)
         if "error" in answer:
-            python = self.spec.python
-            raise error(f"{name} (run by {python}) cannot {message['op']}: {answer['error']}.{self._last_words()}")
+            raise error(
+                f"{name} (run by {self.spec.program}) cannot {message['op']}: {answer['error']}.{self._last_words()}"
+            )
         return answer["ok"]
 
     def _last_words(self, count: int = 8) -> str:
