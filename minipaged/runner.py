@@ -151,7 +151,8 @@ def _build_cpu(
     max_model_len: int,
 ) -> tuple:
     """As :func:`_build_reference`; compiles the kernels if this machine has not yet."""
-    from minipaged.model.cpu_decoder import CpuDecoder, pack_as
+    from minipaged.model.cpu_decoder import CpuDecoder
+    from minipaged.model.weight_packer import WeightPacker
     from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
     from minipaged.ops.cpu.team import default_num_threads
 
@@ -159,7 +160,7 @@ def _build_cpu(
     if model.packed_as:
         weights = model.source.weights()
     else:
-        weights = load_weights(config, model.source, pack_as(formats.weights))
+        weights = load_weights(config, model.source, WeightPacker(formats.weights))
     layout = KVLayout(formats.kv_cache, block_size, config.num_kv_heads, config.head_dim)
     kv_cache = CpuKVCache(config.num_layers, num_blocks, layout)
     decoder = CpuDecoder(

@@ -10,7 +10,7 @@ import numpy as np
 
 from minipaged.model.config import ModelConfig
 from minipaged.model.rope import rope_tables
-from minipaged.model.weights import Linear, ModelWeights, Norm, Pack
+from minipaged.model.weights import Linear, ModelWeights, Norm
 from minipaged.ops.cpu import attention, embedding, packing
 from minipaged.ops.cpu.elementwise import ACTIVATIONS
 from minipaged.ops.cpu.kv import CpuKVCache, KVLayout, write_phase
@@ -24,26 +24,11 @@ from minipaged.ops.cpu.warmup import warm_up
 from minipaged.ops.interface import Batch
 
 
-def pack_as(weight_format: str) -> Pack:
-    """How :func:`~minipaged.model.architectures.load_weights` shall keep matrices for this backend.
-
-    ``weight_format``: ``"float32"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``. With ``int4`` the lm_head
-    is ``int8``; an embedding of its own is never quantised.
-    """
-
-    def pack(matrix: np.ndarray, role: str):
-        if role == "embedding":
-            return matrix if weight_format == "float32" else packing.to_bfloat16(matrix)
-        return packing.pack("int8" if (weight_format, role) == ("int4", "lm_head") else weight_format, matrix)
-
-    return pack
-
-
 class CpuDecoder:
     """A decoder-only transformer: tokens of many sequences in, logits out, K and V left in blocks.
 
     Args:
-        weights: matrices packed by :func:`pack_as`.
+        weights: matrices packed by :class:`~minipaged.model.weight_packer.WeightPacker`.
         max_model_len: bounds ``batch.positions``.
         max_num_tokens: tokens of a step, at most; the buffers are made for so many.
         kv_cache: where K and V go, in every step.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,8 +16,11 @@ from minipaged.model.gguf_header import TensorInfo, read_header
 from minipaged.model.gguf_names import ROPE_TENSORS, TensorView, hf_tensors
 from minipaged.model.gguf_quants import dequantize
 from minipaged.model.gguf_tokenizer import GGUFVocabulary
-from minipaged.model.slabs import as_rows, fill, map_file, target_array
+from minipaged.model.slabs import SLAB_ELEMENTS, as_rows, fill, map_file, target_array
 from minipaged.model.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minipaged.model.weight_packer import PackedRows
 
 
 class GGUFFile:
@@ -58,17 +62,20 @@ class GGUFFile:
         if view.interleaved_heads:
             # [head, 2 i + j] in the file is [head, j * half + i] in Hugging Face's order.
             target = out.reshape(-1, 1) if out.ndim == 1 else out
-            order = np.arange(len(target)).reshape(view.interleaved_heads, 2, -1).swapaxes(1, 2).reshape(-1)
+            order = np.arange(target.shape[0]).reshape(view.interleaved_heads, 2, -1).swapaxes(1, 2).reshape(-1)
         else:
             target, order = out.T if view.transposed else as_rows(out), None
-        first_element = view.first_row * view.info.shape[-1]
-        fill(
-            name,
-            target,
-            lambda start, slab: self._decode(view.info, first_element + start, slab),
-            order,
-            view.shift,
-        )
+        if view.info.type.name == getattr(target, "block_type", None) and not view.shift:
+            self._copy_blocks(name, view, target, order)
+        else:
+            first_element = view.first_row * view.info.shape[-1]
+            fill(
+                name,
+                target,
+                lambda start, slab: self._decode(view.info, first_element + start, slab),
+                order,
+                view.shift,
+            )
         return out
 
     def hf_config(self) -> dict:
@@ -114,6 +121,18 @@ class GGUFFile:
         out = np.empty(info.shape, dtype=np.float32)
         fill(info.name, as_rows(out), lambda start, slab: self._decode(info, start, slab))
         return out
+
+    def _copy_blocks(self, name: str, view: TensorView, target: PackedRows, order: np.ndarray | None) -> None:
+        """Hand over a tensor's blocks as they are stored, a slab of rows at a time."""
+        rows, columns = target.shape
+        _, _, block_size, type_size = view.info.type
+        row_bytes = columns // block_size * type_size
+        start = view.info.offset + view.first_row * row_bytes
+        blocks = self._bytes[start : start + rows * row_bytes].reshape(rows, -1, type_size)
+        step = max(1, SLAB_ELEMENTS // columns)
+        for first in range(0, rows, step):
+            places = slice(first, first + step) if order is None else order[first : first + step]
+            target.put_blocks(name, places, blocks[first : first + step])
 
     def _decode(self, info: TensorInfo, first: int, slab: np.ndarray) -> None:
         """Decode the values of a tensor from the ``first`` on; whole blocks."""

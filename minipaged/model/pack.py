@@ -9,10 +9,10 @@ import numpy as np
 from minipaged.errors import ConfigError, ModelFormatError
 from minipaged.model import catalog, packed_file
 from minipaged.model.architectures import load_weights
-from minipaged.model.cpu_decoder import pack_as
 from minipaged.model.loader import LoadedModel, load_model
 from minipaged.model.packed_model import TOKENIZER, place, sources_digest, stamps
 from minipaged.model.packed_weights import empty_weights, layout_digest, named_arrays
+from minipaged.model.weight_packer import WeightPacker
 
 MAX_ARRAYS = 1 << 20
 
@@ -26,7 +26,7 @@ def pack_model(name: str, weight_format: str, output: Path | None = None, progre
         output: the file; ``None`` puts it where later starts find it by themselves.
         progress: show a progress bar; ``None``: if standard error is a terminal.
 
-    The weights are in memory once, packed, and one matrix in float32.
+    The weights are in memory once, packed.
 
     Raises:
         ModelError: as :func:`~minipaged.model.loader.load_model`, or the model changed meanwhile.
@@ -42,7 +42,6 @@ def pack_model(name: str, weight_format: str, output: Path | None = None, progre
     output = place(source, weight_format) if output is None else output
     expected = named_arrays(empty_weights(model.config, weight_format, MAX_ARRAYS))
     num_bytes = sum(array.nbytes for array in expected.values())
-    pack = pack_as(weight_format)
     with tqdm(
         total=2 * num_bytes,  # packed, then written
         desc=f"packing {model.name} as {weight_format}",
@@ -50,13 +49,7 @@ def pack_model(name: str, weight_format: str, output: Path | None = None, progre
         unit_scale=True,
         disable=None if progress is None else not progress,
     ) as bar:
-
-        def pack_and_tell(matrix: np.ndarray, role: str):
-            packed = pack(matrix, role)
-            bar.update(packed.nbytes)
-            return packed
-
-        weights = load_weights(model.config, model.source, pack_and_tell)
+        weights = load_weights(model.config, model.source, _ReportingPacker(weight_format, bar.update))
         if stamps(source) != before:
             raise ModelFormatError(f"{source} was changed while it was read; pack it again.")
         tokenizer_json = np.frombuffer(model.tokenizer.backend.to_str().encode(), np.uint8)
@@ -64,6 +57,25 @@ def pack_model(name: str, weight_format: str, output: Path | None = None, progre
         packed_file.write(output, _header(model, weight_format, before), arrays, bar.update)
         bar.update(bar.total - bar.n)
     return output
+
+
+class _ReportingPacker(WeightPacker):
+    """Tells the size of each matrix that it packs, or starts to."""
+
+    def __init__(self, weight_format: str, report: packed_file.Report):
+        super().__init__(weight_format)
+        self._report = report
+
+    def __call__(self, matrix: np.ndarray, role: str):
+        packed = super().__call__(matrix, role)
+        self._report(packed.nbytes)
+        return packed
+
+    def start(self, num_rows: int, num_columns: int, role: str):
+        target = super().start(num_rows, num_columns, role)
+        if target is not None:
+            self._report(target.packed.nbytes)
+        return target
 
 
 def _header(model: LoadedModel, weight_format: str, source_stamps: dict) -> dict:

@@ -18,8 +18,8 @@ import numpy as np
 from minipaged.errors import ModelFormatError
 from minipaged.model.architectures import ARCHITECTURES
 from minipaged.model.config import ModelConfig
-from minipaged.model.cpu_decoder import pack_as
 from minipaged.model.tensor_reader import TensorReader
+from minipaged.model.weight_packer import WeightPacker
 from minipaged.model.weights import ModelWeights
 from minipaged.ops.cpu.packing import PackedWeight, array_shapes
 
@@ -108,7 +108,7 @@ class _Outline(TensorReader):
     """A reader of nothing: it makes arrays that have only a shape and a dtype."""
 
     def __init__(self, weight_format: str, max_arrays: int):
-        super().__init__(_NoTensors(), dry_run=True, pack=pack_as(weight_format))
+        super().__init__(_NoTensors(), dry_run=True, pack=WeightPacker(weight_format))
         self._format = weight_format
         self._left = max_arrays
 
@@ -129,7 +129,7 @@ class _Outline(TensorReader):
 @cache
 def _kind(weight_format: str, role: str) -> str | np.dtype:
     """What becomes of a matrix of this role: a packed format, or plain rows of a dtype."""
-    packed = pack_as(weight_format)(np.zeros((1, 1), np.float32), role)
+    packed = WeightPacker(weight_format)(np.zeros((1, 1), np.float32), role)
     return packed.format if isinstance(packed, PackedWeight) else packed.dtype
 
 
@@ -146,7 +146,7 @@ def layout_digest(weight_format: str) -> str:
     matrix = ((np.arange(50 * 71) * 7919 % 1009 - 504) / 512).astype(np.float32).reshape(50, 71)  # exact everywhere
     digest = hashlib.sha256()
     for role in ("linear", "lm_head", "embedding"):
-        packed = pack_as(weight_format)(matrix, role)
+        packed = WeightPacker(weight_format)(matrix, role)
         for _, array in _walk(packed, "", set()):
             digest.update(array.tobytes())
     return digest.hexdigest()

@@ -35,7 +35,10 @@ def target_array(name: str, shape: tuple[int, ...], out: np.ndarray | None) -> n
 
 
 def as_rows(out: np.ndarray) -> np.ndarray:
-    """A view of ``out`` as ``[rows, columns]``; the last dimension is a row."""
+    """A view of ``out`` as ``[rows, columns]``; the last dimension is a row.
+
+    What is no array (:class:`~minipaged.model.weight_packer.PackedRows`) is two-dimensional and stays as it is.
+    """
     if out.ndim == 2:
         return out
     if out.ndim > 2 and not out.flags.c_contiguous:
@@ -50,7 +53,8 @@ def fill(
     order: np.ndarray | None = None,
     shift: float = 0.0,
 ) -> None:
-    """Decode a whole tensor into ``target``, float32 ``[rows, columns]`` of any strides.
+    """Decode a whole tensor into ``target``, float32 ``[rows, columns]`` of any strides, or something that
+    takes rows as such an array does: ``target[places] = values``.
 
     Args:
         name: for the error.
@@ -63,7 +67,7 @@ def fill(
     """
     rows, columns = target.shape
     with np.errstate(all="ignore"):
-        if order is None and target.flags.c_contiguous:
+        if order is None and isinstance(target, np.ndarray) and target.flags.c_contiguous:
             flat = target.reshape(-1)
             for start in range(0, flat.size, SLAB_ELEMENTS):
                 slab = flat[start : start + SLAB_ELEMENTS]

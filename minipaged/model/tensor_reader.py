@@ -90,6 +90,14 @@ class TensorReader:
         self, parts: list[tuple[str, int]], columns: int, transposed: bool = False, role: str = "linear"
     ) -> Any:
         """As :meth:`rows`, in the form that the backend multiplies with."""
+        if self.pack is not None and not self.dry_run and not transposed:
+            target = self.pack.start(sum(count for _, count in parts), columns, role)
+            if target is not None:
+                start = 0
+                for name, count in parts:
+                    self.source.read(name, out=target.part(start, count))
+                    start += count
+                return target.packed
         return self.packed(self.rows(parts, columns, transposed=transposed), role)
 
     def packed(self, matrix: np.ndarray, role: str = "linear") -> Any:
@@ -97,20 +105,17 @@ class TensorReader:
         return matrix if self.pack is None or self.dry_run else self.pack(matrix, role)
 
     def shared(self, name: str, copy: str, *shape: int) -> np.ndarray:
-        """``name``; where the file also stores ``copy``, both must hold the same numbers.
+        """``name``, of which the file also stores ``copy``; both must hold the same numbers.
 
         The two are read into the same memory one after the other and compared by digest.
         """
-        names = [copy, name] if copy in self.stored else [name]
         if self.dry_run:
-            for each in names:
-                out = self.array(shape, [(each, ())])
-            return out
+            self.array(shape, [(copy, ())])
+            return self.array(shape, [(name, ())])
         out, digests = self._allocate(shape), []
-        for each in names:
+        for each in (copy, name):
             self.source.read(each, out=out)
-            if len(names) == 2:
-                digests.append(hashlib.blake2b(out.ravel("K").data).digest())
+            digests.append(hashlib.blake2b(out.ravel("K").data).digest())
         if len(set(digests)) == 2:
             raise ModelFormatError(
                 f"tie_word_embeddings is true, but the file stores {copy} and {name} with different numbers. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,11 +32,19 @@ class TensorSource(Protocol):
         ...
 
 
-Pack = Callable[[np.ndarray, str], Any]
-"""``pack(matrix, role)``: a backend's own form of a float32 matrix ``[out, in]``, kept in its place.
+class Pack(Protocol):
+    """``pack(matrix, role)``: a backend's own form of a float32 matrix ``[out, in]``, kept in its place.
 
-Roles: ``"linear"``; ``"lm_head"``, which is the embedding too where the two are tied; ``"embedding"``
-where they are not. Vectors, position embeddings and routers stay float32 arrays."""
+    Roles: ``"linear"``; ``"lm_head"``, which is the embedding too where the two are tied; ``"embedding"``
+    where they are not. Vectors, position embeddings and routers stay float32 arrays.
+    """
+
+    def __call__(self, matrix: np.ndarray, role: str) -> Any: ...
+
+    def start(self, num_rows: int, num_columns: int, role: str) -> Any:
+        """A matrix to be written a few rows at a time: it has ``part(first_row, num_rows)`` to read a
+        tensor into, and ``packed``, what becomes of it. ``None``: the whole matrix is needed at once."""
+        ...
 
 
 @dataclass

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from minipaged.model.architectures import config_from_hf, load_weights
-from minipaged.model.cpu_decoder import CpuDecoder, pack_as
+from minipaged.model.cpu_decoder import CpuDecoder
 from minipaged.model.safetensors_file import SafetensorsSource
+from minipaged.model.weight_packer import WeightPacker
 from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
 from minipaged.ops.interface import Batch
 
@@ -73,7 +74,7 @@ def model(request):
     folder = FOLDER / request.param
     config = config_from_hf(json.loads((folder / "config.json").read_text()))
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (3, LENGTH)).astype(np.int32)
-    packed = {w: load_weights(config, SafetensorsSource(folder), pack_as(w)) for w in FORMATS}
+    packed = {w: load_weights(config, SafetensorsSource(folder), WeightPacker(w)) for w in FORMATS}
     return config, packed, ids
 
 

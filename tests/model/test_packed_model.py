@@ -16,13 +16,13 @@ from minipaged.config import SamplingParams
 from minipaged.errors import ConfigError, ModelFormatError, UnsupportedModelError
 from minipaged.model import catalog, packed_file, packed_model
 from minipaged.model.architectures import config_from_hf, load_weights
-from minipaged.model.cpu_decoder import pack_as
 from minipaged.model.loader import load_model
 from minipaged.model.pack import pack_model
 from minipaged.model.packed_file import PackedFile
 from minipaged.model.packed_model import PackedModel
 from minipaged.model.packed_weights import empty_weights, named_arrays, weights_from
 from minipaged.model.safetensors_file import SafetensorsSource
+from minipaged.model.weight_packer import WeightPacker
 from tests.support.engines import generate, make_engine
 from tests.support.model_file_fuzzer import write_gguf_model
 
@@ -63,7 +63,7 @@ def change(path: Path, **changes) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_weights_of_every_architecture_come_back(tmp_path, case, weight_format):
     config = config_from_hf(json.loads((PARITY / case / "config.json").read_text()))
-    weights = load_weights(config, SafetensorsSource(PARITY / case), pack_as(weight_format))
+    weights = load_weights(config, SafetensorsSource(PARITY / case), WeightPacker(weight_format))
     arrays = named_arrays(weights)
     packed_file.write(tmp_path / "a.mpk", {}, arrays)
     back = weights_from(config, weight_format, PackedFile(tmp_path / "a.mpk").arrays, ModelFormatError)

@@ -13,9 +13,10 @@ import pytest
 
 from minipaged.kv_cache import KVCache
 from minipaged.model.architectures import ARCHITECTURES, config_from_hf, load_weights
-from minipaged.model.cpu_decoder import CpuDecoder, pack_as
+from minipaged.model.cpu_decoder import CpuDecoder
 from minipaged.model.decoder import Decoder
 from minipaged.model.safetensors_file import SafetensorsSource
+from minipaged.model.weight_packer import WeightPacker
 from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
 from minipaged.ops.interface import Batch
 from minipaged.ops.reference import ReferenceOps
@@ -37,7 +38,7 @@ class Case:
         expected = np.load(folder / "expected.npz")
         self.token_ids, self.logits = expected["token_ids"], expected["logits"]
         config = config_from_hf(self.hf_config)
-        pack = pack_as("float32") if device == "cpu" else None
+        pack = WeightPacker("float32") if device == "cpu" else None
         self.weights = load_weights(config, SafetensorsSource(folder), pack)
         self.use(config, int(expected["max_model_len"]), device)
 

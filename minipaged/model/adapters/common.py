@@ -170,7 +170,10 @@ def embeddings(config: ModelConfig, tensors: TensorReader, name: str, head: str 
     """The embedding and the output matrix ``[vocab, hidden]``: one array where they are tied."""
     shape = (config.vocab_size, config.hidden_size)
     if config.tie_word_embeddings:
-        embedding = tensors.packed(tensors.shared(name, head, *shape), "lm_head")
+        if tensors.has(head):
+            embedding = tensors.packed(tensors.shared(name, head, *shape), "lm_head")
+        else:
+            embedding = tensors.matrix([(name, shape[0])], shape[1], role="lm_head")
         return embedding, embedding
     embedding = tensors.matrix([(name, shape[0])], shape[1], role="embedding")
     return embedding, tensors.matrix([(head, shape[0])], shape[1], role="lm_head")
