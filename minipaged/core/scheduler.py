@@ -85,9 +85,10 @@ class Scheduler:
             raise RequestError("the prompt has no tokens; at least one is needed to continue from.")
         total = num_prompt_tokens + max_tokens
         if total > self.config.max_model_len:
+            remedy = " or lower max_tokens" if num_prompt_tokens < self.config.max_model_len else ""
             raise PromptTooLongError(
                 f"prompt ({num_prompt_tokens} tokens) plus max_tokens ({max_tokens}) is {total}, more than "
-                f"max_model_len ({self.config.max_model_len}). Shorten the prompt or lower max_tokens."
+                f"max_model_len ({self.config.max_model_len}). Shorten the prompt{remedy}."
             )
         needed = self._num_blocks(total - 1)  # the last token is returned, never fed back
         if needed > self.config.num_blocks:

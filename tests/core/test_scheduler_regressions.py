@@ -135,6 +135,10 @@ def test_mini_sglang_an_overlong_prompt_is_never_answered(mock_engine):
     engine = mock_engine(max_model_len=32)
     with pytest.raises(PromptTooLongError, match="prompt .30 tokens. plus max_tokens .4. is 34"):
         engine.add("long", list(range(30)), max_tokens=4)
+    with pytest.raises(PromptTooLongError, match="Shorten the prompt or lower max_tokens.$"):
+        engine.add("long", list(range(31)), max_tokens=4)
+    with pytest.raises(PromptTooLongError, match="Shorten the prompt.$"):  # no max_tokens would help
+        engine.add("long", list(range(32)), max_tokens=4)
     assert not engine.scheduler.has_unfinished
 
 
