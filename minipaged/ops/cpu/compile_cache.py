@@ -141,6 +141,9 @@ def c_function(signature: str, name: str) -> Callable[[Callable], int]:
     from numba.core.sigutils import normalize_signature
 
     def decorate(py_func: Callable) -> CFunc:
+        # Numba names symbols after the function. Two closures of one name, compiled in different
+        # processes, can get the same symbol; with both loaded here, one would be called for the other.
+        py_func.__name__ = py_func.__qualname__ = name.replace("-", "_")
         function = CFunc(py_func, normalize_signature(signature), locals={}, options={"error_model": "numpy"})
         keep(function, name)
         function.compile()

@@ -117,6 +117,12 @@ def _quantise(value, inverse):
     return np.int8(min(max(np.rint(value * inverse), np.float32(-127)), np.float32(127)))
 
 
+@compiled
+def _k_index(offset, width, dim):
+    """Where a token's first component of K lies, and the next ones every ``width`` items."""
+    return offset // width * (dim * width) + offset % width
+
+
 def _build_write(dtype: str):
     """The function that stores one token's K and V of one head.
 
@@ -125,15 +131,11 @@ def _build_write(dtype: str):
     ``width`` keys lie side by side.
     """
 
-    @compiled
-    def k_index(offset, width, dim):
-        return offset // width * (dim * width) + offset % width
-
     if dtype == "float32":
 
         @compiled
-        def write(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
-            source, target = floats(k, dim), floats(k_part + 4 * k_index(offset, width, dim), dim * width)
+        def write_float32(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
+            source, target = floats(k, dim), floats(k_part + 4 * _k_index(offset, width, dim), dim * width)
             for i in range(dim):
                 target[i * width] = source[i]
             source, target = floats(v, dim), floats(v_part + 4 * offset * padded_dim, padded_dim)
@@ -142,11 +144,13 @@ def _build_write(dtype: str):
             for i in range(dim, padded_dim):
                 target[i] = 0
 
-    elif dtype == "bfloat16":
+        return write_float32
+
+    if dtype == "bfloat16":
 
         @compiled
-        def write(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
-            source, target = words32(k, dim), words16(k_part + 2 * k_index(offset, width, dim), dim * width)
+        def write_bfloat16(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
+            source, target = words32(k, dim), words16(k_part + 2 * _k_index(offset, width, dim), dim * width)
             for i in range(dim):
                 target[i * width] = _to_bfloat16(source[i])
             source, target = words32(v, dim), words16(v_part + 2 * offset * padded_dim, padded_dim)
@@ -155,26 +159,26 @@ def _build_write(dtype: str):
             for i in range(dim, padded_dim):
                 target[i] = 0
 
-    else:
+        return write_bfloat16
 
-        @compiled
-        def write(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
-            source, target = floats(k, dim), bytes8(k_part + k_index(offset, width, dim), dim * width)
-            scale = _quantisation_scale(source)
-            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
-            for i in range(dim):
-                target[i * width] = _quantise(source[i], inverse)
-            floats(k_scales, offset + 1)[offset] = scale
-            source, target = floats(v, dim), bytes8(v_part + offset * padded_dim, padded_dim)
-            scale = _quantisation_scale(source)
-            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
-            for i in range(dim):
-                target[i] = _quantise(source[i], inverse)
-            for i in range(dim, padded_dim):
-                target[i] = 0
-            floats(v_scales, offset + 1)[offset] = scale
+    @compiled
+    def write_int8(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
+        source, target = floats(k, dim), bytes8(k_part + _k_index(offset, width, dim), dim * width)
+        scale = _quantisation_scale(source)
+        inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+        for i in range(dim):
+            target[i * width] = _quantise(source[i], inverse)
+        floats(k_scales, offset + 1)[offset] = scale
+        source, target = floats(v, dim), bytes8(v_part + offset * padded_dim, padded_dim)
+        scale = _quantisation_scale(source)
+        inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
+        for i in range(dim):
+            target[i] = _quantise(source[i], inverse)
+        for i in range(dim, padded_dim):
+            target[i] = 0
+        floats(v_scales, offset + 1)[offset] = scale
 
-    return write
+    return write_int8
 
 
 @compiled

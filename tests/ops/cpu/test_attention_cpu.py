@@ -126,3 +126,9 @@ def test_copies_of_blocks_read_before_they_write():
     cache.copy_blocks([(0, 1), (1, 2)])
     assert cache.data[:, :, 5].tolist() == [[0, 0, 1, 3]] * 2
     assert cache.nbytes == 2 * 4 * 2 * 2 * (16 * 16 + 4 * 16)
+
+
+def test_symbols_of_formats_differ():
+    """Functions of different formats are loaded beside each other from caches that other processes wrote."""
+    for phase in (write_phase, attention.attention_phase):
+        assert all(dtype in phase(dtype)._wrapper_name for dtype in TOLERANCE)
