@@ -21,7 +21,7 @@ class AsyncLLM:
     """
 
     def __init__(self, model: str = "smollm2-135m", **options):
-        self.config = EngineConfig.from_options(model=str(model), **options)
+        self.config = EngineConfig(model=str(model), **options)
         self._thread = EngineThread(Engine(self.config))
         # Also ends the thread of an AsyncLLM that is dropped without close(), and at exit.
         self._finalizer = weakref.finalize(self, self._thread.close)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from dataclasses import dataclass
 
@@ -22,14 +23,27 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_INT = 2**63 - 1  # no counter needs more than 64 bits
 
 
-def reject_unknown(cls: type, given: dict, error: type[Exception]) -> None:
-    """Raise ``error`` for the first key of ``given`` that is no field of the dataclass ``cls``."""
-    known = [f.name for f in dataclasses.fields(cls)]
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else f" Known options: {', '.join(known)}."
-            raise error(f"unknown option {name!r}.{hint}")
+def refuse_unknown(error: type[Exception]):
+    """Class decorator: the dataclass's constructor raises ``error``, not ``TypeError``, for an option it
+    does not know, and suggests the one that was meant."""
+
+    def decorate(cls: type) -> type:
+        construct = cls.__init__
+        known = [f.name for f in dataclasses.fields(cls)]
+
+        @functools.wraps(construct)
+        def checked(self, *args, **options):
+            for name in options:
+                if name not in known:
+                    close = difflib.get_close_matches(str(name), known, n=1)
+                    hint = f"Did you mean {close[0]!r}?" if close else f"Known options: {', '.join(known)}."
+                    raise error(f"unknown option {name!r}. {hint}")
+            construct(self, *args, **options)
+
+        cls.__init__ = checked
+        return cls
+
+    return decorate
 
 
 def _show(value) -> str:
@@ -70,6 +84,7 @@ def _check_range(error, name, value, low, high):
         raise error(f"{name} is {_show(value)}; it must be at most {high}.")
 
 
+@refuse_unknown(ConfigError)
 @dataclass(frozen=True)
 class EngineConfig:
     """Everything that is fixed when an engine is made.
@@ -78,9 +93,12 @@ class EngineConfig:
         model: a name from the catalog, a directory in Hugging Face layout, a GGUF file, or a file
             that ``minipaged pack`` made.
         device: ``"reference"`` (NumPy), ``"cpu"``, ``"cuda"`` or ``"auto"`` (the fastest that works).
-        dtype: precision of weights and activations; ``"float32"`` makes everything float32.
+        dtype: precision of weights and activations; ``"float32"`` without ``quantization`` makes
+            everything float32; ``"auto"`` is what loses no visible quality on the device: float32 on
+            ``"reference"``, int8 weights on ``"cpu"``.
         quantization: ``None``, ``"int8"`` or ``"int4"``; weights only.
-        kv_cache_dtype: precision of the KV cache; ``"auto"`` follows ``dtype``.
+        kv_cache_dtype: precision of the KV cache; ``"auto"``: float32 with ``dtype="float32"`` and on
+            ``"reference"``, else bfloat16.
         num_blocks: KV blocks in the pool; ``None`` sizes it from ``kv_cache_memory``.
         kv_cache_memory: bytes for the KV pool when ``num_blocks`` is ``None``; ``None`` lets the
             engine choose: room for ``max_num_seqs`` sequences of ``max_model_len`` tokens, at most
@@ -120,12 +138,6 @@ class EngineConfig:
     swap_space: int = 0
     check_integrity: bool = False
 
-    @classmethod
-    def from_options(cls, **options) -> EngineConfig:
-        """As the constructor, but an unknown option raises :class:`ConfigError` with a suggestion."""
-        reject_unknown(cls, options, ConfigError)
-        return cls(**options)
-
     def __post_init__(self):
         err = ConfigError
         if not isinstance(self.model, str) or not self.model:
@@ -157,6 +169,7 @@ class EngineConfig:
         _check_int(err, "swap_space", self.swap_space, 0, MAX_INT)
 
 
+@refuse_unknown(InvalidParameterError)
 @dataclass
 class SamplingParams:
     """How one request is continued; the vocabulary is vLLM's.
@@ -209,12 +222,6 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     MAX_LOGPROBS = 1024  # not a field: no annotation
-
-    @classmethod
-    def from_options(cls, **options) -> SamplingParams:
-        """As the constructor, but an unknown option raises :class:`InvalidParameterError`."""
-        reject_unknown(cls, options, InvalidParameterError)
-        return cls(**options)
 
     def __post_init__(self):
         err = InvalidParameterError

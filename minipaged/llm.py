@@ -27,7 +27,7 @@ class LLM:
     """
 
     def __init__(self, model: str = "smollm2-135m", **options):
-        self.config = EngineConfig.from_options(model=str(model), **options)
+        self.config = EngineConfig(model=str(model), **options)
         self._engine: Engine | None = Engine(self.config)
         self._thread = EngineThread(self._engine)
         # Also ends the thread of an LLM that is dropped without close(), and at exit.

@@ -156,7 +156,7 @@ def _throughput(args: argparse.Namespace) -> tuple[str, dict]:
     from minipaged.bench import report, throughput, workload
     from minipaged.engine import Engine
 
-    config = EngineConfig.from_options(**given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS))
+    config = EngineConfig(**given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS))
     trace = workload.load_workload(args.workload) if args.workload else None
     engine = Engine(config)
     if trace is None:
@@ -188,7 +188,7 @@ def _latency(args: argparse.Namespace) -> tuple[str, dict]:
     from minipaged.engine import Engine
 
     options = given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)
-    engine = Engine(EngineConfig.from_options(**options))
+    engine = Engine(EngineConfig(**options))
     context = report.context(engine)
     result = latency.measure(
         engine,
@@ -207,7 +207,7 @@ def _memory(args: argparse.Namespace) -> tuple[str, dict]:
     from minipaged.bench import memory, report
 
     limits = {name: getattr(args, name) for name in SCHEDULER_OPTIONS}
-    EngineConfig.from_options(**limits)  # refuses bad values with the same words as the engine
+    EngineConfig(**limits)  # refuses bad values with the same words as the engine
     result = memory.measure(
         distribution=args.distribution,
         num_requests=args.num_requests,

@@ -39,7 +39,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     options = given(args, SamplingParams)
-    SamplingParams.from_options(**options)  # refuses bad values before the model is loaded
+    SamplingParams(**options)  # refuses bad values before the model is loaded
 
     from minipaged.llm import LLM
 

@@ -52,7 +52,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     options = given(args, SamplingParams)
-    SamplingParams.from_options(**options)  # refuses bad values before the model is loaded
+    SamplingParams(**options)  # refuses bad values before the model is loaded
     if args.raw and args.system is not None:
         raise InvalidParameterError("--system needs the chat template, which --raw leaves out; give one of the two.")
     texts = read_prompts(args.prompts, args.file)

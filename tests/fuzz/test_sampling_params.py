@@ -76,7 +76,7 @@ def run(count: int, seed: int) -> tuple[int, int, int]:
         options = options_of(rng)
         output = rng.choices(range(VOCAB), k=rng.randrange(5))
         try:
-            params = SamplingParams.from_options(**{str(name): value for name, value in options.items()})
+            params = SamplingParams(**{str(name): value for name, value in options.items()})
             state = SamplingState(
                 params, [1, 2, 3], vocab_size=VOCAB, seed=number, eos_token_ids=(0,), tokenizer=ByteTokenizer()
             )
