@@ -58,7 +58,8 @@ def load_model(name: str, *, pull: bool = True, weight_format: str | None = None
         model = _load_packed(name, path, packed, defaults)
     else:
         model = _load_directory(name, path) if path.is_dir() else _load_gguf(name, path)
-    model.tokenizer.check_fits(model.config.vocab_size)
+    if model.packed_as is None:  # a packed one was checked before it was packed; this takes a while
+        model.tokenizer.check_fits(model.config.vocab_size)
     return model
 
 
