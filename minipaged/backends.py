@@ -12,7 +12,7 @@ from minipaged.model.config import ModelConfig
 
 log = logging.getLogger("minipaged")
 
-CPU_DEFAULT_WEIGHTS = "float32"
+CPU_DEFAULT_WEIGHTS = "int8"
 """What the cpu backend's ``dtype="auto"`` means without ``quantization``."""
 
 

@@ -16,7 +16,7 @@ from minipaged.model.gguf_header import TensorInfo, read_header
 from minipaged.model.gguf_names import ROPE_TENSORS, TensorView, hf_tensors
 from minipaged.model.gguf_quants import dequantize
 from minipaged.model.gguf_tokenizer import GGUFVocabulary
-from minipaged.model.slabs import SLAB_ELEMENTS, as_rows, fill, map_file, target_array
+from minipaged.model.slabs import SLAB_ELEMENTS, as_rows, fill, let_go, map_file, target_array
 from minipaged.model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class GGUFFile:
                 order,
                 view.shift,
             )
+        let_go(self._bytes)
         return out
 
     def hf_config(self) -> dict:

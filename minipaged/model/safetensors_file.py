@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from minipaged.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
-from minipaged.model.slabs import as_rows, fill, map_file, target_array
+from minipaged.model.slabs import as_rows, fill, let_go, map_file, target_array
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -75,6 +75,7 @@ class SafetensorsSource:
             values = file.bytes[info.start : info.end].view(READABLE[info.dtype])
             decode = _decode_bf16 if info.dtype == "BF16" else _decode_float
             fill(name, as_rows(out), lambda first, slab: decode(values[first : first + slab.size], slab))
+            let_go(file.bytes)
         return out
 
     def _find(self, name: str) -> tuple[SafetensorsFile, TensorInfo]:
