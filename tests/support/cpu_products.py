@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minipaged.ops.cpu.packing import padded_rows
+from minipaged.ops.cpu.packing import padded_rows, to_bfloat16
 
 
 def run_product(kernel, packed, x, out=None, accumulate=False, panels=None):
@@ -75,8 +75,6 @@ def expected(packed, x, rounds_x_to_bfloat16=False):
     if packed.format in ("int8", "int4"):
         q, scale = quantised_rows(x)
         x = q * scale[:, None].astype(np.float64)
-    elif rounds_x_to_bfloat16:
-        from minipaged.ops.cpu.packing import to_bfloat16
-
+    elif packed.format == "bfloat16" and rounds_x_to_bfloat16:
         x = bfloat16_values(to_bfloat16(x))
     return np.asarray(x, np.float64) @ unpacked(packed).T
