@@ -208,3 +208,18 @@ def compare_text(result: dict) -> str:
         text += "\n\n" + table(headers, ratios, right=(4, 5, 6))
         text += "\n\nratio: above 1, ours is faster; at the floor: what it would be if ours took its floor"
     return text + f"\nmeasured in the same rounds, for the floors:\n{rates}"
+
+
+def roofline_text(result: dict) -> str:
+    """The table of ``bench roofline``."""
+    lines = [
+        f"{result['num_threads']} thread(s), {result['level']} instructions, "
+        f"memory read at {result['bandwidth'] / 1e9:.1f} GB/s",
+        "products [M, 576] x [576, 1536], weights not in a cache: billions of operations a second (share of the floor)",
+    ]
+    for name, found in result["formats"].items():
+        cells = "  ".join(
+            f"M={p['rows']} {p['rate'] / 1e9:.0f} ({p['percent_of_floor']:.0f}%)" for p in found["products"]
+        )
+        lines.append(f"{name:9} peak {found['peak'] / 1e9:4.0f} | {cells}")
+    return "\n".join(lines)

@@ -250,15 +250,20 @@ def _time_product(
     return in_threads(num_threads, work, repeats) / len(weights)
 
 
-def product_table(formats: Sequence[str], thread_counts: Sequence[int] = (1, 2)) -> str:
-    """A table of billions of operations a second and the percentage of the floor, for every format."""
-    lines = []
-    for num_threads in thread_counts:
-        bandwidth = read_bandwidth(num_threads)
-        lines.append(f"{num_threads} thread(s): memory {bandwidth / 1e9:.1f} GB/s")
-        for format in formats:
-            peak = peak_rate(format, num_threads)
-            timings = time_products(format, num_threads=num_threads)
-            cells = "  ".join(f"M={t.M} {t.rate / 1e9:.0f} ({t.percent_of_floor:.0f}%)" for t in timings)
-            lines.append(f"  {format:9} peak {peak / 1e9:4.0f} | {cells}")
-    return "\n".join(lines)
+def measure(formats: Sequence[str], rows: Sequence[int], num_threads: int) -> dict:
+    """Memory bandwidth (bytes/s) and, for each format, the peak rate (operations/s) and every product."""
+    return {
+        "num_threads": num_threads,
+        "level": features.current().level,
+        "bandwidth": read_bandwidth(num_threads),
+        "formats": {
+            format: {
+                "peak": peak_rate(format, num_threads),
+                "products": [
+                    {"rows": t.M, "rate": t.rate, "percent_of_floor": t.percent_of_floor}
+                    for t in time_products(format, rows, num_threads)
+                ],
+            }
+            for format in formats
+        },
+    }

@@ -12,6 +12,7 @@ from minipaged.cli.terminal import note, write
 from minipaged.config import POLICIES, EngineConfig
 
 SUMMARY = "measure throughput, latency, KV memory waste or quality"
+FORMATS = ("float32", "bfloat16", "int8", "int4")
 METRICS = ("ttft", "decode", "prefill", "users")
 DISTRIBUTIONS = ("conversation", "instruction", "uniform", "fixed")
 EPILOG = """\
@@ -20,6 +21,7 @@ examples:
   minipaged bench throughput --distribution fixed --input-len 128 --output-len 64 --json result.json
   minipaged bench latency --prompt-len 128 --batch-size 1,32
   minipaged bench memory
+  minipaged bench roofline --format int8 --num-threads 2
   minipaged bench quality --text held-out.txt --mode reference --mode cpu:int8 --mode cpu:int4:kv=int8
   minipaged bench compare --peer transformers=/venv/bin/python:/models/hf --mode cpu:int8 --json result.json
 """
@@ -32,6 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_throughput(_add(kinds, "throughput", _throughput, "tokens/s of a workload, and what a policy changes"))
     _configure_latency(_add(kinds, "latency", _latency, "time to first token, and decode speed by batch size"))
     _configure_memory(_add(kinds, "memory", _memory, "reserved KV slots that hold no token, paged and contiguous"))
+    _configure_roofline(_add(kinds, "roofline", _roofline, "products of the cpu backend against this machine's peaks"))
     _configure_compare(_add(kinds, "compare", _compare, "other engines on the same work, in turn with ours"))
     _configure_quality(_add(kinds, "quality", _quality, "perplexity and greedy agreement of each precision"))
 
@@ -103,6 +106,12 @@ def _configure_quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-len", type=positive_int, default=64, metavar="N", help="tokens of each prompt; 64")
     parser.add_argument("--output-len", type=positive_int, default=64, metavar="N", help="tokens that follow each; 64")
     add_engine_options(parser, omit=(*OMITTED_ENGINE_OPTIONS, *MODE_OPTIONS, "enable_prefix_caching"))
+
+
+def _configure_roofline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", action="append", choices=FORMATS, help="of weights; repeatable (default: all)")
+    parser.add_argument("--num-threads", type=positive_int, default=1, metavar="N", help="(default: 1)")
+    parser.add_argument("--rows", type=positive_ints, default=[1, 8, 32, 64, 256], metavar="N,N,...", help="of x")
 
 
 def _configure_compare(parser: argparse.ArgumentParser) -> None:
@@ -240,6 +249,14 @@ def _compare(args: argparse.Namespace) -> tuple[str, dict]:
     )
     result = {"bench": "compare", "model": args.model, "cpu": machine.cpu()["model"], **result}
     return f"model  {args.model}\ncpu    {result['cpu']}\n" + report.compare_text(result), result
+
+
+def _roofline(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench.report import roofline_text
+    from minipaged.bench.roofline import measure
+
+    result = measure(args.format or list(FORMATS), args.rows, args.num_threads)
+    return roofline_text(result), result
 
 
 def _quality(args: argparse.Namespace) -> tuple[str, dict]:

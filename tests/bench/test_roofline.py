@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import pytest
 
 from minipaged.bench import roofline
+from minipaged.cli.main import main
 from minipaged.ops.cpu.products import FORMATS
 
 
@@ -40,6 +42,11 @@ def test_threads_work_at_the_same_time():
     assert roofline.in_threads(3, lambda index: meeting.wait(), repeats=2) >= 0
 
 
-def test_table_names_formats_and_threads():
-    table = roofline.product_table(["int8"], [1])
-    assert "1 thread(s): memory" in table and "int8" in table and "M=256" in table
+def test_the_command_prints_its_table_and_its_numbers(capsys, tmp_path):
+    file = tmp_path / "roofline.json"
+    main(["bench", "roofline", "--format", "int8", "--rows", "1,32", "--json", str(file)])
+    text = capsys.readouterr().out
+    assert "1 thread(s)" in text and "int8" in text and "M=32" in text
+    result = json.loads(file.read_text())
+    assert [p["rows"] for p in result["formats"]["int8"]["products"]] == [1, 32]
+    assert result["formats"]["int8"]["peak"] > 0 and result["bandwidth"] > 0
