@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
 from dataclasses import dataclass
 
@@ -82,6 +83,46 @@ def _check_range(error, name, value, low, high):
         raise error(f"{name} is {_show(value)}; it must be at least {low}.")
     if high is not None and value > high:
         raise error(f"{name} is {_show(value)}; it must be at most {high}.")
+
+
+GRAMMARS = ("json", "json_object", "regex", "choice", "grammar")
+
+
+def _checked_grammar(value) -> dict:
+    """``structured_outputs`` of the right form, a JSON schema parsed; whether the grammar itself is
+    well-formed is found out at admission."""
+    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in GRAMMARS:
+        raise InvalidParameterError(
+            f"structured_outputs is {_show(value)}; it must be a dict with one of the keys {', '.join(GRAMMARS)}."
+        )
+    ((kind, grammar),) = value.items()
+    wrong = InvalidParameterError(f"structured_outputs[{kind!r}] is {_show(grammar)}; it must be {_FORMS[kind]}.")
+    if kind == "json":
+        try:
+            schema = json.loads(grammar) if isinstance(grammar, str) else json.loads(json.dumps(grammar))
+        except (TypeError, ValueError, RecursionError):
+            raise wrong from None
+        if not isinstance(schema, dict):
+            raise wrong
+        return {kind: schema}
+    if kind == "json_object":
+        fits = grammar is True
+    elif kind == "choice":
+        fits = isinstance(grammar, (list, tuple)) and grammar and all(isinstance(s, str) and s for s in grammar)
+    else:
+        fits = isinstance(grammar, str) and grammar
+    if not fits:
+        raise wrong
+    return {kind: list(grammar) if kind == "choice" else grammar}
+
+
+_FORMS = {
+    "json": "a JSON schema, as a dict or as text that holds an object",
+    "json_object": "True",
+    "regex": "a regular expression that is not empty",
+    "choice": "a list of strings, at least one and none empty",
+    "grammar": "the text of a grammar",
+}
 
 
 @refuse_unknown(ConfigError)
@@ -197,6 +238,9 @@ class SamplingParams:
         allowed_token_ids: only these tokens may be generated.
         bad_words: strings that must not be generated.
         skip_special_tokens: leave special tokens out of the text.
+        structured_outputs: the text conforms to a grammar: one of ``{"json": schema}``,
+            ``{"json_object": True}``, ``{"regex": pattern}``, ``{"choice": [text, ...]}`` or
+            ``{"grammar": text}`` (EBNF in the notation of Lark or GGML).
     """
 
     n: int = 1
@@ -220,6 +264,7 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     skip_special_tokens: bool = True
+    structured_outputs: dict | None = None
 
     MAX_LOGPROBS = 1024  # not a field: no annotation
 
@@ -260,6 +305,10 @@ class SamplingParams:
             for token_id, bias in self.logit_bias.items():
                 _check_int(err, "a token id in logit_bias", token_id, 0, MAX_TOKEN_ID)
                 _check_number(err, f"logit_bias[{token_id}]", bias, -100, 100)
+        if self.structured_outputs is not None:
+            self.structured_outputs = _checked_grammar(self.structured_outputs)
+            if self.ignore_eos:
+                raise err("ignore_eos is True, but structured_outputs end with end-of-sequence; leave one of them out.")
 
     @staticmethod
     def _strings(name, value, allow_str=False) -> list[str]:

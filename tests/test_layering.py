@@ -24,7 +24,7 @@ LAYERS = {
     "minipaged/ops": ([*BASE, "minipaged.home", "cuda_kernels"], ["numpy", "numba", "llvmlite", "threadpoolctl"]),
     "minipaged/kv_cache.py": ([*BASE, "minipaged.ops"], ["numpy"]),
     "minipaged/model": ([*BASE, "minipaged.home", "minipaged.ops", "minipaged.kv_cache"], ANY),
-    "minipaged/sampling": ([*BASE, "minipaged.core", "minipaged.ops"], ["numpy", "numba"]),
+    "minipaged/sampling": ([*BASE, "minipaged.core", "minipaged.ops"], ["numpy", "numba", "llguidance"]),
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import re
 import typing
 
@@ -90,6 +91,8 @@ def _argument_kind(name: str, hint) -> dict:
         return {"type": token_ids, "metavar": "ID,ID,..."}
     if dict[int, float] in kinds:
         return {"type": token_biases, "metavar": "ID=BIAS,..."}
+    if dict in kinds:
+        return {"type": json_object, "metavar": "JSON"}
     (kind,) = kinds
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -131,6 +134,17 @@ def token_biases(text: str) -> dict[int, float]:
         return {int(token_id): float(bias) for token_id, bias in pairs}
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of biases such as 12=-5,13=2") from None
+
+
+def json_object(text: str) -> dict:
+    """``'{"regex": "[a-z]+"}'`` to a dict."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
 
 
 def positive_ints(text: str) -> list[int]:

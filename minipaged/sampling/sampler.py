@@ -110,8 +110,8 @@ class Sampler:
 def _why_not_finite(largest: float) -> str:
     if largest == -np.inf:
         return (
-            "every token is masked: allowed_token_ids, bad_words and min_tokens together leave "
-            "nothing to sample; relax one of them."
+            "every token is masked: allowed_token_ids, bad_words, min_tokens and structured_outputs together "
+            "leave nothing to sample, or the grammar is too complex; relax one of them."
         )
     return (
         "logit_bias or a penalty drove a logit to infinity or NaN; use values nearer to neutral "

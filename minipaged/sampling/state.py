@@ -24,6 +24,7 @@ class SamplingState:
         seed: key of the random numbers, 0 to 2**64 - 1; the caller derives one where
             ``params.seed`` is ``None``.
         tokenizer: has ``encode(text, add_special_tokens=False)``; needed for ``bad_words``.
+        grammar: what ``params.structured_outputs`` was compiled to.
 
     Raises:
         InvalidParameterError: a token id of ``params`` lies outside the vocabulary, or a bad word
@@ -39,6 +40,7 @@ class SamplingState:
         seed: int,
         eos_token_ids=(),
         tokenizer=None,
+        grammar: LogitsProcessor | None = None,
     ):
         if params.max_token_id() >= vocab_size:
             raise InvalidParameterError(
@@ -51,6 +53,8 @@ class SamplingState:
         self.num_prompt_tokens = len(prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.processors = _processors(params, prompt_token_ids, vocab_size, eos_token_ids, tokenizer)
+        if grammar is not None:
+            self.processors.append(grammar)
 
     @property
     def position(self) -> int:

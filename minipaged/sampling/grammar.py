@@ -1,0 +1,194 @@
+"""Structured output: only tokens that a grammar allows may be generated.
+
+A grammar is compiled once, to a matcher over the bytes of text (llguidance's; it walks a derivative-based
+lexer and an Earley parser over a trie of the vocabulary). Before each draw it gives one bit a token, and the
+tokens without are masked in one pass over the row:
+
+    {"name": "J            may follow        o  "  oh  \\n …      never follows     }  <raw newline>  an end
+    ─────────────▶ matcher ─────────▶ 1 1 1 1 …        0 0 0 …  ─────▶ row[bit == 0] = -inf
+
+Where the grammar is complete, the end-of-sequence tokens are allowed; where nothing else can follow, they alone
+are. So a text that ends by itself conforms to the grammar, and one cut off by ``max_tokens`` is the beginning of
+one that does. A mask depends on the sequence's own tokens alone, so the equivalence law holds.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+
+import numpy as np
+
+from minipaged.errors import InvalidParameterError
+from minipaged.sampling.processors import LogitsProcessor
+
+WHITESPACE = "[ ]?"
+"""Between JSON's tokens at most one space. Unbounded white space, which JSON allows, is where a model that has
+lost its way goes in circles; a schema may choose otherwise with ``"x-guidance": {"whitespace_pattern": ...}``."""
+CACHED_GRAMMARS = 32
+_BYTES = np.arange(256, dtype=np.uint8)[:, None]
+_PENALTIES = np.where(np.unpackbits(_BYTES, axis=1, bitorder="little"), np.float32(0), np.float32(-np.inf))
+"""What eight tokens' bits add to their logits, float32 ``[256, 8]``."""
+
+
+class GrammarCompiler:
+    """Compiles what ``SamplingParams.structured_outputs`` asks for; may be called from any thread.
+
+    Args:
+        tokenizer: the model's; has ``backend`` (a ``tokenizers.Tokenizer``) and ``vocab_size``.
+        vocab_size: number of logits in a row.
+        eos_token_ids: tokens that end a text; at least one must lie inside the vocabulary.
+    """
+
+    def __init__(self, tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]):
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = [token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size]
+        self._lock = threading.Lock()
+        self._matcher = functools.lru_cache(CACHED_GRAMMARS)(self._compile)
+
+    def compile(self, structured_outputs: dict) -> Grammar:
+        """A processor at the beginning of the grammar that ``structured_outputs`` (checked) asks for.
+
+        Raises:
+            InvalidParameterError: the grammar is malformed, too large or uses what is not supported, the
+                model has no end-of-sequence token, or llguidance is not installed.
+        """
+        ((kind, value),) = structured_outputs.items()
+        text = value if isinstance(value, str) else json.dumps(value)
+        return Grammar(self._matcher(kind, text).deep_copy(), self._vocab_size, self._eos_token_ids)
+
+    def _compile(self, kind: str, text: str):
+        """A fresh matcher; of the same grammar it is made once."""
+        llguidance = _import_llguidance()
+        try:
+            grammar = _BUILD[kind](llguidance.LLMatcher, text)
+        except Exception as error:  # the library raises plain Exception
+            raise _refused(kind, error) from None
+        matcher = llguidance.LLMatcher(self._vocabulary(), grammar, log_level=0)
+        if matcher.is_error():
+            raise _refused(kind, matcher.get_error())
+        return matcher
+
+    def _vocabulary(self):
+        """The tokens' bytes as llguidance wants them; read from the tokenizer the first time (half a second)."""
+        with self._lock:
+            return self._read_vocabulary
+
+    @functools.cached_property
+    def _read_vocabulary(self):
+        if not self._eos_token_ids:
+            raise InvalidParameterError(
+                "structured_outputs cannot be used with this model: it names no end-of-sequence token, "
+                "with which a text that is complete would end."
+            )
+        try:
+            return _import_llguidance().LLTokenizer(
+                self._tokenizer.backend.to_str(),
+                n_vocab=max(self._vocab_size, self._tokenizer.vocab_size),
+                eos_token=self._eos_token_ids,
+            )
+        except ValueError as error:
+            raise InvalidParameterError(
+                f"structured_outputs cannot be used with this model: llguidance does not read its tokenizer ({error})."
+            ) from None
+
+
+class Grammar(LogitsProcessor):
+    """Masks the tokens that cannot follow; applied last, so that an ended grammar ends the text.
+
+    Args:
+        matcher: an ``llguidance.LLMatcher`` of one's own.
+        vocab_size: number of logits in a row.
+        eos_token_ids: those inside the vocabulary.
+    """
+
+    def __init__(self, matcher, vocab_size: int, eos_token_ids: list[int]):
+        self._matcher = matcher
+        self._vocab_size = vocab_size
+        self._eos_token_ids = np.array(eos_token_ids)
+        # Tokens after the end of the grammar, or that it forbids (a draft's): known, but not consumed.
+        self._num_outside = 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text so far conforms to the grammar."""
+        return not self._num_outside and self._matcher.is_accepting()
+
+    def apply(self, row: np.ndarray, output_token_ids: list[int]) -> None:
+        if self._ended():
+            row.fill(-np.inf)
+            row[self._eos_token_ids] = 0  # even if min_tokens wants more: there is no more to say
+            return
+        row += _PENALTIES.take(self._allowed_bits(), axis=0).reshape(-1)[: self._vocab_size]
+
+    def _ended(self) -> bool:
+        return not self._num_outside and self._matcher.is_stopped() and not self._matcher.is_error()
+
+    def _allowed_bits(self) -> np.ndarray:
+        """A bit for each token that may follow, lowest first; uint8 ``[vocab_size / 8]``, rounded up.
+
+        None is set after a token that the grammar forbids, or if matching ran into a limit of the parser
+        (which itself would then allow the end). The sampler fails such a request.
+        """
+        size = -(-self._vocab_size // 8)
+        bits = b"" if self._num_outside else self._matcher.compute_bitmask()
+        if not bits or self._matcher.is_error():
+            return np.zeros(size, dtype=np.uint8)
+        return np.frombuffer(bits, dtype=np.uint8, count=size)
+
+    def append(self, token_id: int) -> None:
+        if self._num_outside or not self._matcher.try_consume_tokens([token_id]):
+            self._num_outside += 1
+
+    def undo(self, token_id: int) -> None:
+        if self._num_outside:
+            self._num_outside -= 1
+        else:
+            self._matcher.rollback(1)
+
+    def fork(self) -> Grammar:
+        twin = Grammar(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids)
+        twin._num_outside = self._num_outside
+        return twin
+
+
+def _json_schema(matcher, text: str) -> str:
+    return matcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": WHITESPACE})
+
+
+def _choice(matcher, text: str) -> str:
+    return matcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, json.loads(text))))
+
+
+def _ebnf(matcher, text: str) -> str:
+    """Lark's notation, or that of GGML (``root ::= ...``), which is translated to it."""
+    if "::=" in text:
+        from llguidance.gbnf_to_lark import gbnf_to_lark
+
+        text = gbnf_to_lark(text)
+    return matcher.grammar_from_lark(text)
+
+
+_BUILD = {
+    "json": _json_schema,
+    "json_object": lambda matcher, text: _json_schema(matcher, '{"type": "object"}'),
+    "regex": lambda matcher, text: matcher.grammar_from_regex(text),
+    "choice": _choice,
+    "grammar": _ebnf,
+}
+
+
+def _import_llguidance():
+    try:
+        import llguidance
+    except ImportError:
+        raise InvalidParameterError(
+            "structured_outputs needs the package llguidance; install it with: pip install 'minipaged[grammar]'"
+        ) from None
+    return llguidance
+
+
+def _refused(kind: str, reason) -> InvalidParameterError:
+    return InvalidParameterError(f"structured_outputs[{kind!r}] is not a grammar that can be used: {reason}")
