@@ -73,6 +73,14 @@ class BackendUnavailableError(MinipagedError):
     """The requested device cannot be used on this machine; the text says why."""
 
 
+class DeviceError(MinipagedError):
+    """A CUDA device or its driver failed; no more steps can be computed with it."""
+
+
+class OutOfDeviceMemoryError(DeviceError, MemoryError):
+    """The device's memory does not hold what was asked for; the text has the sizes."""
+
+
 class EngineClosedError(MinipagedError):
     """The engine was closed, or its thread died; no more requests can be made."""
 
