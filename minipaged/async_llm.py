@@ -64,7 +64,7 @@ class AsyncLLM:
                 yield item
         finally:
             if not finished:
-                self._thread.abort_quietly(prepared.request.request_id)
+                self._thread.abort_quietly(prepared.request_id)
 
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator yields a last output with ``finish_reason="abort"``."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,32 +13,17 @@ from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.factory import make_scheduler
 from minipaged.core.request import Request
 from minipaged.core.scheduler import SchedulerConfig, SchedulerOutput
-from minipaged.errors import (
-    InvalidParameterError,
-    MinipagedError,
-    NumericalError,
-    RequestError,
-    TokenRangeError,
-    UnknownRequestError,
-)
+from minipaged.errors import InvalidParameterError, MinipagedError, NumericalError, RequestError, UnknownRequestError
 from minipaged.model.loader import LoadedModel, load_model
-from minipaged.output_builder import OutputBuilder
+from minipaged.output_builder import OutputBuilder, logprob_entry
 from minipaged.outputs import EngineStats, RequestOutput
+from minipaged.prompt import tokenize
 from minipaged.runner import Runner, StepLogits
 from minipaged.sampling.logprobs import prompt_logprobs
 from minipaged.sampling.sampler import SampledToken, Sampler
 from minipaged.sampling.state import SamplingState
+from minipaged.sequence_group import Sequence, SequenceGroup
 from minipaged.sizing import resolve_max_model_len, resolve_num_blocks
-
-
-@dataclass
-class PreparedRequest:
-    """A request that was checked and may be submitted; nothing of the engine has changed yet."""
-
-    request: Request
-    sampling: SamplingState
-    output: OutputBuilder
-    stream: bool
 
 
 class Engine:
@@ -81,7 +65,8 @@ class Engine:
             num_threads=config.num_threads,
         )
         self.sampler = Sampler(self.model.config.vocab_size)
-        self._prepared: dict[str, PreparedRequest] = {}
+        self._groups: dict[str, SequenceGroup] = {}
+        self._sequences: dict[str, Sequence] = {}
         self._numbers = itertools.count()
         self._step_seconds = 0.0
 
@@ -89,9 +74,9 @@ class Engine:
 
     def add_request(self, prompt, params: SamplingParams | None = None, **options) -> str:
         """Check a request, queue it and return its id (options and errors: :meth:`prepare`)."""
-        prepared = self.prepare(prompt, params, **options)
-        self.submit(prepared)
-        return prepared.request.request_id
+        group = self.prepare(prompt, params, **options)
+        self.submit(group)
+        return group.request_id
 
     def prepare(
         self,
@@ -102,7 +87,7 @@ class Engine:
         priority: int = 0,
         cache_salt: str | None = None,
         stream: bool = False,
-    ) -> PreparedRequest:
+    ) -> SequenceGroup:
         """Tokenise and check a request without touching the engine's state.
 
         Args:
@@ -127,57 +112,57 @@ class Engine:
             raise InvalidParameterError(f"priority is {priority!r}; it must be an integer.")
         if cache_salt is not None and not isinstance(cache_salt, str):
             raise InvalidParameterError(f"cache_salt is {cache_salt!r}; it must be a string or None.")
-        text, token_ids = self._tokenize(prompt)
-        self._check_token_ids(token_ids)
+        vocab_size, eos_token_ids = self.model.config.vocab_size, self.model.config.eos_token_ids
+        text, token_ids = tokenize(prompt, self.model.tokenizer, vocab_size)
         room = self.max_model_len - len(token_ids)
         max_tokens = max(room, 1) if params.max_tokens is None else params.max_tokens
         self.scheduler.check_admissible(len(token_ids), max_tokens)
         params = params.clone(max_tokens=max_tokens)
         number = next(self._numbers)
         request_id = f"request-{number}" if request_id is None else request_id
-        eos_token_ids = self.model.config.eos_token_ids
-        return PreparedRequest(
-            request=Request(request_id, token_ids, params, priority, cache_salt),
-            sampling=SamplingState(
+        return SequenceGroup(
+            Request(request_id, token_ids, params, priority, cache_salt),
+            SamplingState(
                 params,
                 token_ids,
-                vocab_size=self.model.config.vocab_size,
+                vocab_size=vocab_size,
                 eos_token_ids=eos_token_ids,
                 seed=self._seed_of(params, number),
                 tokenizer=self.model.tokenizer,
             ),
-            output=OutputBuilder(request_id, text, token_ids, params, self.model.tokenizer, eos_token_ids),
+            OutputBuilder(params, token_ids, self.model.tokenizer, eos_token_ids),
+            prompt=text,
             stream=stream,
         )
 
-    def submit(self, prepared: PreparedRequest) -> None:
+    def submit(self, group: SequenceGroup) -> None:
         """Queue a prepared request. Raises :class:`RequestError` if its id is in use."""
-        request_id = prepared.request.request_id
-        if request_id in self._prepared:
-            raise RequestError(f"request id {request_id!r} is in use by an unfinished request; choose another.")
-        self.scheduler.add(prepared.request)
-        self._prepared[request_id] = prepared
+        if group.request_id in self._groups:
+            raise RequestError(f"request id {group.request_id!r} is in use by an unfinished request; choose another.")
+        (root,) = group.sequences
+        self.scheduler.add(root.request)
+        self._groups[group.request_id] = group
+        self._sequences[root.request.request_id] = root
 
     def abort(self, request_id: str) -> RequestOutput:
         """End a request now, give its blocks back and return what it had so far.
 
         Raises :class:`UnknownRequestError` if no unfinished request has this id.
         """
-        prepared = self._prepared.pop(request_id, None)
-        if prepared is None:
+        if request_id not in self._groups:
             raise UnknownRequestError(f"no unfinished request has the id {request_id!r}.")
-        self.scheduler.abort(request_id)
-        prepared.output.metrics.num_preemptions = prepared.request.num_preemptions
-        prepared.output.end("abort")
-        return prepared.output.build()
+        group = self._groups[request_id]
+        group.abort(self.scheduler)
+        self._forget_finished(group)
+        return group.build()
 
     def abort_if_unfinished(self, request_id: str) -> RequestOutput | None:
         """As :meth:`abort`, but a request that is finished already is left alone."""
-        return self.abort(request_id) if request_id in self._prepared else None
+        return self.abort(request_id) if request_id in self._groups else None
 
     def has_unfinished(self) -> bool:
         """Whether :meth:`step` has work to do."""
-        return bool(self._prepared)
+        return bool(self._groups)
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -188,77 +173,82 @@ class Engine:
         if not plan.scheduled:
             return []
         logits = self.runner.execute(plan, self._prompt_wanted(plan))
-        sampled, failed = self._read(plan, logits)
-        for request_id in failed:
-            self.scheduler.abort(request_id)  # before the update, which would publish its KV for others
-        self.scheduler.update(plan, {request_id: [token.token_id] for request_id, token in sampled.items()})
-        outputs = self._process(plan, sampled, failed, started)
+        failed = self._take_prompt_logprobs(logits)
+        drawn = self._draw(plan, logits)
+        failed |= {sequence_id: tokens[0].error for sequence_id, tokens in drawn.items() if tokens[0].error}
+        for sequence_id in failed:
+            self.scheduler.abort(sequence_id)  # before the update, which would publish its KV for others
+        self.scheduler.update(plan, {name: [token.token_id for token in tokens] for name, tokens in drawn.items()})
+        outputs = self._process(plan, drawn, failed, started)
         if self.config.check_integrity:
             self.scheduler.check()
         self._step_seconds += time.monotonic() - started
         return outputs
 
-    def _read(self, plan: SchedulerOutput, logits: StepLogits) -> tuple[dict[str, SampledToken], dict[str, str]]:
-        """Sampled tokens, and what went wrong, both by request id; keeps prompt log-probabilities."""
-        failed: dict[str, str] = {}
-        for request_id in logits.prompt_rows:
-            try:
-                self._add_prompt_logprobs(self._prepared[request_id], logits)
-            except NumericalError as error:
-                failed[request_id] = str(error)
-        sampling = [s.request_id for s in plan.scheduled if s.samples]
-        states = [self._prepared[request_id].sampling for request_id in sampling]
-        sampled = dict(zip(sampling, self.sampler.sample(logits.to_sample(), states), strict=True))
-        failed |= {request_id: token.error for request_id, token in sampled.items() if token.error}
-        return {request_id: token for request_id, token in sampled.items() if request_id not in failed}, failed
+    def _draw(self, plan: SchedulerOutput, logits: StepLogits) -> dict[str, list[SampledToken]]:
+        """By sequence id, the tokens drawn for each sequence that samples in this step."""
+        sequences = [self._sequences[s.request_id] for s in plan.scheduled if s.samples]
+        states = [sequence.group.states(sequence) for sequence in sequences]
+        tokens = iter(self.sampler.sample(logits.to_sample(), [state for group in states for state in group]))
+        return {
+            sequence.request.request_id: list(itertools.islice(tokens, len(group)))
+            for sequence, group in zip(sequences, states, strict=True)
+        }
 
     def _process(
-        self, plan: SchedulerOutput, sampled: dict[str, SampledToken], failed: dict[str, str], started: float
+        self, plan: SchedulerOutput, drawn: dict[str, list[SampledToken]], failed: dict[str, str], started: float
     ) -> list[RequestOutput]:
-        """Hand tokens to their requests, finish those that end, collect what callers should see."""
-        outputs = []
-        for sequence in plan.scheduled:
-            request_id = sequence.request_id
-            prepared = self._prepared[request_id]
-            output = prepared.output
-            if output.metrics.first_scheduled_time is None:
-                output.metrics.first_scheduled_time = started
-                output.num_cached_tokens = prepared.request.num_cached_tokens
-            if request_id in failed:
-                output.end("error", failed[request_id])
-            elif request_id in sampled:
-                prepared.sampling.append(sampled[request_id].token_id)
-                output.append(sampled[request_id])
-                if output.finished:
-                    self.scheduler.finish(request_id)
+        """Hand tokens to their groups and collect what callers should see."""
+        touched: dict[str, SequenceGroup] = {}
+        for scheduled in plan.scheduled:
+            sequence = self._sequences[scheduled.request_id]
+            group = sequence.group
+            group.note_scheduled(started)
+            if scheduled.request_id in failed:
+                group.fail(sequence, failed[scheduled.request_id], self.scheduler)
+            elif scheduled.request_id in drawn:
+                group.take(sequence, drawn[scheduled.request_id], self.scheduler)
             else:
                 continue  # a chunk of its prompt was computed; there is nothing to tell yet
-            if output.finished:
-                output.metrics.num_preemptions = prepared.request.num_preemptions
-                del self._prepared[request_id]
-            if output.finished or prepared.stream:
-                outputs.append(output.build())
-        return outputs
+            touched[group.request_id] = group
+        for group in touched.values():
+            self._forget_finished(group)
+        return [group.build() for group in touched.values() if group.finished or group.stream]
+
+    def _forget_finished(self, group: SequenceGroup) -> None:
+        for sequence in group.sequences:
+            if sequence.output.finished:
+                self._sequences.pop(sequence.request.request_id, None)
+        if group.finished:
+            del self._groups[group.request_id]
 
     def _prompt_wanted(self, plan: SchedulerOutput) -> dict[str, int]:
         wanted = {}
-        for sequence in plan.scheduled:
-            prepared = self._prepared[sequence.request_id]
-            if prepared.output.prompt_logprobs is not None:
-                wanted[sequence.request_id] = prepared.request.num_prompt_tokens
+        for scheduled in plan.scheduled:
+            sequence = self._sequences[scheduled.request_id]
+            if sequence.group.prompt_logprobs is not None:
+                wanted[scheduled.request_id] = sequence.request.num_prompt_tokens
         return wanted
 
-    def _add_prompt_logprobs(self, prepared: PreparedRequest, logits: StepLogits) -> None:
-        """Entries for the prompt positions of this step that are not known yet (a preempted request
-        computes its prompt again, and must not report it twice)."""
-        first, rows = logits.prompt_rows[prepared.request.request_id]
-        output = prepared.output
-        known = len(output.prompt_logprobs) - 1
-        rows = range(rows.start, rows.stop)[max(known - first, 0) :]
-        if rows:
-            targets = prepared.request.token_ids[known + 1 : known + 1 + len(rows)]
-            tokens = prompt_logprobs(logits.logits[rows.start : rows.stop], targets, output.params.prompt_logprobs)
-            output.add_prompt_logprobs([output.logprob_entry(token) for token in tokens])
+    def _take_prompt_logprobs(self, logits: StepLogits) -> dict[str, str]:
+        """Keep this step's; returns by sequence id what went wrong."""
+        failed = {}
+        for sequence_id, (first, rows) in logits.prompt_rows.items():
+            try:
+                self._add_prompt_logprobs(self._sequences[sequence_id].group, first, logits.logits[rows])
+            except NumericalError as error:
+                failed[sequence_id] = str(error)
+        return failed
+
+    def _add_prompt_logprobs(self, group: SequenceGroup, first: int, rows: np.ndarray) -> None:
+        """Entries for the prompt positions from ``first`` on that are not known yet (a preempted
+        request computes its prompt again, and must not report it twice)."""
+        known = len(group.prompt_logprobs) - 1
+        rows = rows[max(known - first, 0) :]
+        if len(rows):
+            targets = group.prompt_token_ids[known + 1 : known + 1 + len(rows)]
+            tokens = prompt_logprobs(rows, targets, group.params.prompt_logprobs)
+            group.prompt_logprobs += [logprob_entry(token, self.model.tokenizer) for token in tokens]
 
     def close(self) -> None:
         """End the backend's threads; no step can follow. Closing twice is harmless."""
@@ -292,40 +282,6 @@ class Engine:
         )
 
     # -- helpers ----------------------------------------------------------------------------------
-
-    def _tokenize(self, prompt) -> tuple[str | None, list[int]]:
-        """The prompt's text, if it is known, and its token ids (not checked yet)."""
-        text, token_ids = prompt, None
-        if isinstance(prompt, dict):
-            if not prompt or set(prompt) - {"prompt", "prompt_token_ids"}:
-                raise RequestError(
-                    f"a prompt given as a dict has 'prompt_token_ids' or 'prompt', not {sorted(map(str, prompt))}."
-                )
-            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-        elif not isinstance(prompt, str):
-            text, token_ids = None, prompt
-        if token_ids is None and isinstance(text, str):
-            return text, self.model.tokenizer.encode(text)
-        is_list = isinstance(token_ids, (list, tuple)) or (isinstance(token_ids, np.ndarray) and token_ids.ndim == 1)
-        if is_list and (text is None or isinstance(text, str)):
-            return text, list(token_ids)
-        wrong = text if token_ids is None or is_list else token_ids
-        raise RequestError(
-            f"a prompt is text, a list of token ids, or {{'prompt_token_ids': [...]}}; got {type(wrong).__name__}."
-        )
-
-    def _check_token_ids(self, token_ids: list[int]) -> None:
-        if not token_ids:
-            raise RequestError("the prompt is empty; give at least one token.")
-        vocab_size = self.model.config.vocab_size
-        for index, token_id in enumerate(token_ids):
-            if isinstance(token_id, bool) or not isinstance(token_id, (int, np.integer)):
-                raise TokenRangeError(f"prompt token {index} is {token_id!r}; token ids are integers.")
-            if not 0 <= token_id < vocab_size:
-                raise TokenRangeError(
-                    f"prompt token {index} is {token_id}, but the model has ids 0 to {vocab_size - 1}."
-                )
-        token_ids[:] = map(int, token_ids)
 
     def _seed_of(self, params: SamplingParams, number: int) -> int:
         """A request without a seed gets one from the engine's seed and its number of arrival."""

@@ -7,9 +7,10 @@ import queue
 import threading
 from collections.abc import Callable
 
-from minipaged.engine import Engine, PreparedRequest
+from minipaged.engine import Engine
 from minipaged.errors import EngineClosedError, MinipagedError
 from minipaged.outputs import RequestOutput
+from minipaged.sequence_group import SequenceGroup
 
 Sink = Callable[[RequestOutput | Exception], None]
 """Called on the engine's thread with each output of a request, or with the error that ended it."""
@@ -39,9 +40,9 @@ class EngineThread:
             raise self._dead() from self._death
         return engine
 
-    def submit(self, prepared: PreparedRequest, sink: Sink) -> None:
+    def submit(self, prepared: SequenceGroup, sink: Sink) -> None:
         """Queue a prepared request; its outputs, the last one finished, go to ``sink``."""
-        request_id = prepared.request.request_id
+        request_id = prepared.request_id
 
         def command():
             try:

@@ -10,10 +10,11 @@ import weakref
 from collections.abc import Iterator
 
 from minipaged.config import EngineConfig, SamplingParams
-from minipaged.engine import Engine, PreparedRequest
+from minipaged.engine import Engine
 from minipaged.engine_thread import EngineThread
 from minipaged.errors import EngineClosedError, InvalidParameterError, RequestError, TokenizerError
 from minipaged.outputs import EngineStats, RequestOutput
+from minipaged.sequence_group import SequenceGroup
 
 
 class LLM:
@@ -70,7 +71,7 @@ class LLM:
             for output in self._run(prepared):
                 results[output.request_id] = output
                 bar.update()
-        return [results[p.request.request_id] for p in prepared]
+        return [results[p.request_id] for p in prepared]
 
     def chat(
         self,
@@ -172,11 +173,11 @@ class LLM:
             raise EngineClosedError("this LLM was closed; make a new one.")
         return engine
 
-    def _run(self, prepared: list[PreparedRequest]) -> Iterator[RequestOutput]:
+    def _run(self, prepared: list[SequenceGroup]) -> Iterator[RequestOutput]:
         """Submit requests and yield their outputs until all are finished; abort the rest if the
         caller leaves early (an error, Ctrl-C, a loop that breaks)."""
         inbox: queue.SimpleQueue[RequestOutput | Exception] = queue.SimpleQueue()
-        pending = {p.request.request_id for p in prepared}
+        pending = {p.request_id for p in prepared}
         try:
             for p in prepared:
                 self._thread.submit(p, inbox.put)

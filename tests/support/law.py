@@ -32,7 +32,7 @@ def record_margins(engine: Engine) -> dict[str, list[float]]:
 
     def sample_with_margins(logits, states):
         tokens = sample(logits, states, with_margins=True)
-        owners = {id(p.sampling): request_id for request_id, p in engine._prepared.items()}
+        owners = {id(s.sampling): sequence_id for sequence_id, s in engine._sequences.items()}
         for state, token in zip(states, tokens, strict=True):
             margins.setdefault(owners[id(state)], []).append(token.margin)
         return tokens
