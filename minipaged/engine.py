@@ -19,6 +19,7 @@ from minipaged.output_builder import OutputBuilder, logprob_entry
 from minipaged.outputs import EngineStats, RequestOutput
 from minipaged.prompt import tokenize
 from minipaged.runner import Runner, StepLogits
+from minipaged.sampling.grammar import GrammarCompiler
 from minipaged.sampling.logprobs import prompt_logprobs
 from minipaged.sampling.sampler import SampledToken, Sampler
 from minipaged.sampling.state import SamplingState
@@ -64,7 +65,9 @@ class Engine:
             max_num_tokens=config.max_num_batched_tokens,
             num_threads=config.num_threads,
         )
-        self.sampler = Sampler(self.model.config.vocab_size)
+        vocab_size, eos_token_ids = self.model.config.vocab_size, self.model.config.eos_token_ids
+        self.sampler = Sampler(vocab_size)
+        self._grammars = GrammarCompiler(self.model.tokenizer, vocab_size, eos_token_ids)
         self._groups: dict[str, SequenceGroup] = {}
         self._sequences: dict[str, Sequence] = {}
         self._numbers = itertools.count()
@@ -101,7 +104,7 @@ class Engine:
         Raises:
             RequestError: the prompt is empty, has an impossible token id, is too long for the model
                 or needs more blocks than the pool has; the text carries the numbers.
-            InvalidParameterError: ``params``, ``priority`` or ``cache_salt`` is not usable.
+            InvalidParameterError: ``params`` (a malformed grammar, say), ``priority`` or ``cache_salt`` is not usable.
         """
         params = self.default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
@@ -129,6 +132,7 @@ class Engine:
                 eos_token_ids=eos_token_ids,
                 seed=self._seed_of(params, number),
                 tokenizer=self.model.tokenizer,
+                grammar=self._grammars.compile(params.structured_outputs) if params.structured_outputs else None,
             ),
             OutputBuilder(params, token_ids, self.model.tokenizer, eos_token_ids),
             prompt=text,
