@@ -142,6 +142,11 @@ class DeviceArray:
         self.address = 0
 
 
+def scalar_type(numba_type) -> np.dtype:
+    """The NumPy dtype of a parameter; of a pointer, its address."""
+    return np.dtype(np.uint64) if hasattr(numba_type, "dtype") else np.dtype(str(numba_type))
+
+
 def bind(device: Device, kernel: Kernel, grid: tuple[int, ...], **arguments) -> Call:
     """A call of ``kernel`` with its arguments by name.
 
@@ -156,7 +161,7 @@ def bind(device: Device, kernel: Kernel, grid: tuple[int, ...], **arguments) -> 
         value = arguments[name]
         if isinstance(value, DeviceArray):
             value = value.address
-        dtype = np.dtype(np.uint64) if hasattr(numba_type, "dtype") else np.dtype(str(numba_type))
+        dtype = scalar_type(numba_type)
         if dtype.kind in "iu" and not isinstance(value, (int, np.integer)):
             raise TypeError(f"{kernel.name}: {name} is {value!r}, not an integer or an address")
         slot[: dtype.itemsize] = np.array([value], dtype).view(np.uint8)
