@@ -91,8 +91,8 @@ def build(dtype: str = "float32", residual: str = "none") -> Kernel:
         signature=(*[floats] * inputs, pointer(ELEMENTS[dtype]), int32, float32),
         variant={"dtype": dtype, "residual": residual},
         block=THREADS,
-        registers_at_most=40,
-        blocks_per_sm=6,
+        registers_at_most=64,
+        blocks_per_sm=4,
     )
 
 
