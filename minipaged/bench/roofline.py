@@ -107,7 +107,11 @@ def _steps(e: Emitter) -> dict[str, tuple[Callable, int]]:
             product = e.dot_u8_i8_saturating(as_is(x, e.i8), as_is(total, e.i8))
             return as_is(e.builder.add(as_is(total, e.i16), product), e.i32)
 
-        steps["int4"] = (pmaddubsw, 8)
+        def and_pmaddwd(total, x):
+            pairs = e.dot_u8_i8_saturating(as_is(x, e.i8), as_is(total, e.i8))
+            return e.builder.add(total, e.dot_i16(pairs, e.constant(e.i16, 1)))
+
+        steps |= {"int8": (and_pmaddwd, 8), "int4": (pmaddubsw, 8)}
     if e.isa.has_bf16_dot:
         dot = (lambda total, x: as_is(e.dot_accumulate_bf16(as_is(total, e.f32), x, x), e.i32), 4)
         steps["bfloat16"] = dot

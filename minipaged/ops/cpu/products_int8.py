@@ -8,14 +8,19 @@ x + 128 and the accumulators start at ``-128 * sum of weights``::
 
     acc[i] += u[4i]*s[4i] + u[4i+1]*s[4i+1] + u[4i+2]*s[4i+2] + u[4i+3]*s[4i+3]
 
-Without it, ``pmaddwd`` multiplies 16-bit pairs. A word splits into its even and its odd bytes as two
-pairs of int16, with shifts that all rows of a tile share; x comes as int16 in the matching order::
+AVX2 multiplies unsigned by signed bytes, too, in two steps, but ``pmaddubsw`` adds pairs in 16 bits and
+saturates: 2 * 255 * 127 does not fit. 2 * 127 * 127 does. So the sign of the weight moves to x::
+
+    w * x == |w| * (x with the sign of w)        |w| once for all rows of a tile (pabsb, psignb)
+
+and a second step, ``pmaddwd`` by ones, adds the two pairs of a word in 32 bits.
+
+Anything else multiplies 16-bit pairs. A word splits into its even and its odd bytes as two pairs of int16,
+with shifts that all rows of a tile share; x comes as int16 in the matching order::
 
     word        | w3 | w2 | w1 | w0 |
     even        |    w2   |    w0   |   (word16 << 8) >> 8      times   | x2 | x0 |
     odd         |    w3   |    w1   |    word16 >> 8            times   | x3 | x1 |
-
-(``pmaddubsw`` would do four bytes at once, but saturates at 16 bits: 2 * 127 * 255 does not fit.)
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ from .tiles import PANEL, Strip, Tile, product_function, rows_of
 
 
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
-    """Height -> width. Without VNNI two unpacked halves of each weight vector are live."""
+    """Height -> width. Without VNNI two vectors are live for each vector of weights."""
     panel = PANEL // isa.lanes
     if isa.has_vnni:
         return {height: panel for height in range(1, 9)}
@@ -80,6 +85,28 @@ def emit_pmaddwd(e: Emitter, tile: Tile) -> None:
     tile.strips(e, quads(e, tile), one_strip)
 
 
+def emit_pmaddubsw(e: Emitter, tile: Tile) -> None:
+    """Rows of ``bytes``, by ``pmaddubsw`` on ``|w|`` and ``x`` with the sign of ``w``."""
+    ones = e.constant(e.i16, 1)
+
+    def one_strip(strip: Strip) -> None:
+        def step(quad, totals):
+            strip.prefetch(e, quad, single_row=True)
+            words, result = strip.load(e, quad, e.i8), []
+            magnitudes = [e.abs_i8(word) for word in words]
+            for row, sums in enumerate(rows_of(totals, tile.width)):
+                values = e.bitcast(e.load_broadcast(e.add(tile.row(e, row), e.mul(quad, 4)), I32), e.i8)
+                for i, total in enumerate(sums):
+                    pairs = e.dot_u8_i8_saturating(magnitudes[i], e.sign_i8(values, words[i]))
+                    result.append(e.builder.add(total, e.dot_i16(pairs, ones)))
+            return result
+
+        start = [e.constant(e.i32, 0)] * (tile.height * tile.width)
+        scale_and_store(e, strip, e.loop(quads(e, tile), start, step))
+
+    tile.strips(e, quads(e, tile), one_strip)
+
+
 def quads(e: Emitter, tile: Tile) -> ir.Value:
     """Quads of k, the last one padded with zeros."""
     return e.div(e.add(tile.K, 3), 4)
@@ -110,7 +137,12 @@ def scale_bytes(K):
 def build(format: str) -> ProductKernel:
     """The int8 kernel for this CPU."""
     isa = features.current()
-    emit, layout = (emit_vnni, "biased") if isa.has_vnni else (emit_pmaddwd, "pairs")
+    if isa.has_vnni:
+        emit, layout = emit_vnni, "biased"
+    elif isa.has_avx2:
+        emit, layout = emit_pmaddubsw, "bytes"
+    else:
+        emit, layout = emit_pmaddwd, "pairs"
     product = product_function("product-int8", tile_shapes(isa), emit, panel_bytes, scale_bytes)
     prepare = prepare_integers(layout, 4, with_group_sums=False)
     size = value_bytes(layout)

@@ -8,7 +8,7 @@ How the q of a row lie in memory depends on the instruction that will read them;
 ======== ============================================= ==========================================
 layout   bytes of a quad of k                          read by
 ======== ============================================= ==========================================
-bytes    int8:  x0 x1 x2 x3                            ``pmaddubsw``, ``vpdpbusd`` (int4)
+bytes    int8:  x0 x1 x2 x3                            ``pmaddubsw``; ``vpdpbusd`` (int4)
 biased   uint8: x0+128 x1+128 x2+128 x3+128            ``vpdpbusd`` (int8)
 pairs    int16: x0 x2 x1 x3                            ``pmaddwd``: even k, then odd k
 bfloat16 uint16: x0 x1 x2 x3 (K padded to pairs only)  ``vdpbf16ps``
