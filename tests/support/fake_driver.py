@@ -39,6 +39,7 @@ ERRORS = {
     700: (b"CUDA_ERROR_ILLEGAL_ADDRESS", b"an illegal memory access was encountered"),
 }
 I, U, P, S, U64 = ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
+BYTE = ctypes.c_ubyte
 CONTEXT, DEVICE = 0xC0, 0
 
 
@@ -167,6 +168,12 @@ class FakeDriver:
 
     def cuMemcpyDtoHAsync(self, target: P, source: U64, size: S, stream: P):
         self._copy("download", source, target, source, size)
+
+    def cuMemsetD8Async(self, address: U64, value: BYTE, size: S, stream: P):
+        self._need_context()
+        self._not_capturing()
+        require(self.allocation_of(address, size) is not None)
+        ctypes.memset(address, value, size)
 
     def _copy(self, kind, device_address, target, source, size):
         self._need_context()

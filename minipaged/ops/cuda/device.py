@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -80,6 +80,10 @@ class Device(Protocol):
         """Fill a contiguous array from the device; it holds the data after :meth:`synchronize`."""
         ...
 
+    def fill(self, address: int, nbytes: int, byte: int) -> None:
+        """Set every byte of a piece of device memory."""
+        ...
+
     def function(self, kernel: Kernel) -> Any:
         """Compile and load a kernel, once."""
         ...
@@ -136,6 +140,10 @@ class DeviceArray:
         self.device.upload(self.address, array)
         self.device.synchronize()
 
+    def row(self, first: int) -> int:
+        """The address of row ``first`` (of the first dimension)."""
+        return self.address + first * (self.nbytes // self.shape[0])
+
     def free(self) -> None:
         """Give the memory back; the array cannot be used afterwards."""
         self.device.free(self.address)
@@ -147,21 +155,26 @@ def scalar_type(numba_type) -> np.dtype:
     return np.dtype(np.uint64) if hasattr(numba_type, "dtype") else np.dtype(str(numba_type))
 
 
+@cache
+def _parameters(kernel: Kernel) -> dict[str, np.dtype]:
+    names = inspect.signature(kernel.body).parameters
+    return {name: scalar_type(kind) for name, kind in zip(names, kernel.signature, strict=True)}
+
+
 def bind(device: Device, kernel: Kernel, grid: tuple[int, ...], **arguments) -> Call:
-    """A call of ``kernel`` with its arguments by name.
+    """A call of ``kernel`` with its arguments by name; ``None`` for a pointer that the variant does not use.
 
     Raises ``TypeError`` for a missing or unknown name, and for a value that its type cannot hold.
     """
-    names = list(inspect.signature(kernel.body).parameters)
-    if set(names) != set(arguments):
-        missing, unknown = set(names) - set(arguments), set(arguments) - set(names)
+    parameters = _parameters(kernel)
+    if parameters.keys() != arguments.keys():
+        missing, unknown = parameters.keys() - arguments.keys(), arguments.keys() - parameters.keys()
         raise TypeError(f"{kernel.name}: missing arguments {sorted(missing)}, unknown ones {sorted(unknown)}")
-    packed = np.zeros(len(names), np.uint64)
-    for slot, name, numba_type in zip(packed.view(np.uint8).reshape(-1, 8), names, kernel.signature, strict=True):
+    packed = np.zeros(len(parameters), np.uint64)
+    for slot, (name, dtype) in zip(packed.view(np.uint8).reshape(-1, 8), parameters.items(), strict=True):
         value = arguments[name]
-        if isinstance(value, DeviceArray):
-            value = value.address
-        dtype = scalar_type(numba_type)
+        if dtype == np.uint64:
+            value = getattr(value, "address", value) or 0
         if dtype.kind in "iu" and not isinstance(value, (int, np.integer)):
             raise TypeError(f"{kernel.name}: {name} is {value!r}, not an integer or an address")
         slot[: dtype.itemsize] = np.array([value], dtype).view(np.uint8)

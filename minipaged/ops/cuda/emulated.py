@@ -71,6 +71,9 @@ class EmulatedDevice:
     def download(self, target: np.ndarray, address: int) -> None:
         target[...] = self._memory.read(address, target.shape, target.dtype)
 
+    def fill(self, address: int, nbytes: int, byte: int) -> None:
+        self._memory.fill(address, nbytes, byte)
+
     def function(self, kernel: Kernel) -> str:
         return compile_ptx(kernel, self.compute_capability)
 

@@ -70,6 +70,9 @@ class HardwareDevice:
     def download(self, target: np.ndarray, address: int) -> None:
         self._call("cuMemcpyDtoHAsync", target.ctypes.data, address, target.nbytes, self._stream)
 
+    def fill(self, address: int, nbytes: int, byte: int) -> None:
+        self._call("cuMemsetD8Async", address, byte, nbytes, self._stream)
+
     # -- kernels ----------------------------------------------------------------------------------
 
     def function(self, kernel: Kernel):

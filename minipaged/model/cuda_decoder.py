@@ -1,0 +1,215 @@
+"""The forward pass on a CUDA device: a plan of launches for each size of step, recorded where it repeats.
+
+What a step computes is :class:`~minipaged.model.decoder.Decoder`'s forward pass, feature for feature.
+Decode steps, one token a sequence, are padded to one of a few sizes (*buckets*); the launches of a bucket are
+recorded once as a graph and repeated by a single call.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from minipaged.model.config import LayerConfig, ModelConfig
+from minipaged.model.rope import rope_tables
+from minipaged.model.weights import LayerWeights, ModelWeights
+from minipaged.ops.cuda.buffers import Buffers
+from minipaged.ops.cuda.device import Call, Device, DeviceArray, Recording
+from minipaged.ops.cuda.inputs import StepInputs
+from minipaged.ops.cuda.kv import CudaKVCache
+from minipaged.ops.cuda.plan import Plan
+from minipaged.ops.cuda.weights import DeviceWeight, pack, to_device, total_bytes
+from minipaged.ops.interface import Batch
+
+MAX_LOGITS_ROWS = 256
+"""Rows of logits that are computed at once; a step that wants more (``prompt_logprobs``) takes several turns."""
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Sequences of a decode step that is repeated as a graph; a step is padded to the next of them."""
+PLANS_KEPT = 32
+
+
+class CudaDecoder:
+    """A decoder-only transformer: tokens of many sequences in, logits out, K and V left in blocks.
+
+    Args:
+        weights: matrices packed by :class:`~minipaged.ops.cuda.weights.DevicePacker`.
+        activation: dtype of what products read, ``"float32"``, ``"float16"`` or ``"bfloat16"``.
+        kv_cache: where K and V go, in every step.
+        max_model_len: bounds ``batch.positions``.
+        max_num_tokens: tokens of a step, at most; the buffers are made for so many.
+        use_graphs: repeat decode steps as recorded graphs, not launch by launch.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        config: ModelConfig,
+        weights: ModelWeights,
+        kv_cache: CudaKVCache,
+        *,
+        activation: str,
+        max_model_len: int,
+        max_num_tokens: int,
+        use_graphs: bool = True,
+    ):
+        self.device, self.config, self.kv_cache, self.activation = device, config, kv_cache, activation
+        self.use_graphs = use_graphs
+        self.max_num_tokens = max_num_tokens
+        self._buckets = [size for size in BUCKETS if size <= max_num_tokens]
+        self._graphs: dict[int, Recording | None] = {}
+        self._ropes: dict[int, tuple[DeviceArray, DeviceArray]] = {}
+        for layer in config.layers:
+            if layer.rope is not None and id(layer.rope) not in self._ropes:
+                cos, sin = rope_tables(layer.rope, max_model_len)
+                self._ropes[id(layer.rope)] = DeviceArray.from_host(device, cos), DeviceArray.from_host(device, sin)
+        positions, weights.positions = weights.positions, None
+        self.weights: ModelWeights = to_device(device, weights)
+        if positions is not None:
+            self.weights.positions = DeviceArray.from_host(device, pack(activation, positions)[0])
+        for layer in self.weights.layers:
+            if layer.experts is not None:
+                router = layer.experts.router
+                layer.experts.router = DeviceWeight("float32", *router.shape, router)
+        num_logits = min(max_num_tokens, MAX_LOGITS_ROWS)
+        self.buffers = Buffers(device, config, activation, max_num_tokens, num_logits)
+        self.inputs = StepInputs(device, max_num_tokens, -(-max_model_len // kv_cache.block_size))
+        self._logits_host = device.host_array(self.buffers.logits.nbytes).view(np.float32)
+        self._plan = lru_cache(maxsize=PLANS_KEPT)(self._make_plan)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights on the device."""
+        return total_bytes(self.weights)
+
+    def forward(self, batch: Batch, kv_cache: CudaKVCache) -> np.ndarray:
+        """Compute a step: K and V of its tokens go to ``batch.slot_mapping``.
+
+        Returns the logits of the rows ``batch.logits_indices``, float32 ``[L, vocab_size]``.
+        Raises :class:`~minipaged.errors.DeviceError` if the device fails.
+        """
+        assert kv_cache is self.kv_cache, "plans point to the cache that the decoder was made with"
+        num_tokens, num_logits = len(batch.input_ids), len(batch.logits_indices)
+        bucket = self._bucket(batch)
+        if bucket is not None:
+            self.inputs.send(batch, bucket)
+            self._launch(bucket)
+            return self._fetch(num_logits)
+        self.inputs.send(batch, num_tokens)
+        self.device.run(self._plan(num_tokens, num_logits))
+        if num_logits == 0:
+            self.device.synchronize()  # the next step's inputs take the place of this one's
+            return np.empty((0, self.config.vocab_size), np.float32)
+        parts = []
+        for first in range(0, num_logits, MAX_LOGITS_ROWS):
+            rows = min(MAX_LOGITS_ROWS, num_logits - first)
+            self.device.run(self._logits_plan(first, rows))
+            parts.append(self._fetch(rows))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def close(self) -> None:
+        """Give the device back. Closing twice is harmless."""
+        self._plan.cache_clear()
+        self._graphs.clear()
+        self.device.close()
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def _bucket(self, batch: Batch) -> int | None:
+        """The padded size of a step that decodes one token for each sequence, and samples all of them."""
+        size = len(batch.input_ids)
+        if not self.use_graphs or not len(batch.context_lens) == len(batch.logits_indices) == size:
+            return None
+        return min((bucket for bucket in self._buckets if bucket >= size), default=None)
+
+    def _launch(self, bucket: int) -> None:
+        """Repeat the graph of a bucket; the first time, run its launches (which compiles them) and record."""
+        graph = self._graphs.get(bucket)
+        if graph is not None:
+            graph.launch()
+            return
+        calls = [*self._plan(bucket, bucket), *self._logits_plan(0, bucket)]
+        self.device.run(calls)
+        if bucket not in self._graphs:
+            self._graphs[bucket] = self.device.record(calls)
+
+    def _fetch(self, num_rows: int) -> np.ndarray:
+        """A copy of the logits that the device has just computed."""
+        vocab_size = self.config.vocab_size
+        host = self._logits_host[: num_rows * vocab_size]
+        self.device.download(host, self.buffers.logits.address)
+        self.device.synchronize()
+        return host.reshape(num_rows, vocab_size).copy()
+
+    # -- plans ------------------------------------------------------------------------------------
+
+    def _make_plan(self, num_tokens: int, num_logits: int) -> list[Call]:
+        """All layers, for so many rows; leaves the rows whose logits are wanted in ``normed``."""
+        config, b = self.config, self.buffers
+        plan = Plan(self.device, self.activation, num_tokens)
+        plan.embedding(self.inputs, self.weights.embedding, self.weights.positions, b.hidden, config.embedding_scale)
+        hidden, output, branch = b.hidden, b.output, {}
+        for i, (layer, weights) in enumerate(zip(config.layers, self.weights.layers, strict=True)):
+            plan.norm(hidden, weights.input_norm, b.normed, config.norm_eps, config.hidden_size, **branch)
+            branch = self._attention(plan, i, layer, weights)
+            if i == config.num_layers - 1 and num_logits < num_tokens:
+                # K and V are written: from here on only rows whose logits are wanted matter.
+                if num_logits == 0:
+                    return plan.calls
+                indices, width = self.inputs.logits_indices, config.hidden_size
+                plan.gather(hidden, indices, b.last_hidden, width, num_logits)
+                hidden = b.last_hidden
+                if branch:
+                    plan.gather(output, indices, b.last_output, width, num_logits)
+                    output = b.last_output
+                    branch["branch"] = output
+                plan.num_rows = num_logits
+            plan.norm(hidden, weights.mlp_norm, b.normed, config.norm_eps, config.hidden_size, **branch)
+            branch = self._feed_forward(plan, layer, weights, hidden, output)
+        plan.norm(hidden, self.weights.final_norm, b.normed, config.norm_eps, config.hidden_size, **branch)
+        return plan.calls
+
+    def _attention(self, plan: Plan, index: int, layer: LayerConfig, weights: LayerWeights) -> dict:
+        """``normed`` to ``hidden``, or to ``output``, which the next norm is then told to add."""
+        config, b, layout = self.config, self.buffers, self.kv_cache.layout
+        cache = self.kv_cache.layer(index)
+        plan.product(b.normed, weights.qkv.weight, b.qkv, bias=weights.qkv.bias)
+        rope = None if layer.rope is None else self._ropes[id(layer.rope)]
+        norms = (weights.q_norm, weights.k_norm) if config.qk_norm else None
+        plan.rope_kv(config, layout, self.inputs, b.qkv, rope, norms, b.q, cache, config.norm_eps)
+        plan.attention(config, layout, self.inputs, b.q, cache, b.attended, layer.sliding_window)
+        return self._into_residual(plan, b.attended, weights.o, b.hidden, b.output, weights.post_attention_norm)
+
+    def _feed_forward(self, plan: Plan, layer: LayerConfig, weights: LayerWeights, hidden, output) -> dict:
+        config, b = self.config, self.buffers
+        if layer.moe:
+            target, add = (output, False) if config.post_norms else (hidden, True)
+            plan.moe(config, weights.experts, b.normed, b, target, add)
+            return {"branch": output, "branch_norm": weights.post_mlp_norm} if config.post_norms else {}
+        plan.product(
+            b.normed,
+            weights.gate_up.weight,
+            b.inner,
+            bias=weights.gate_up.bias,
+            out_dtype=self.activation,
+            act=config.activation,
+            gated=config.gated,
+        )
+        return self._into_residual(plan, b.inner, weights.down, hidden, output, weights.post_mlp_norm)
+
+    def _into_residual(self, plan: Plan, x, linear, hidden, output, post_norm) -> dict:
+        """The product that ends a branch: added to ``hidden`` at once, or left to the next norm."""
+        if post_norm is None:
+            plan.product(x, linear.weight, hidden, bias=linear.bias, add=True)
+            return {}
+        plan.product(x, linear.weight, output, bias=linear.bias)
+        return {"branch": output, "branch_norm": post_norm}
+
+    def _logits_plan(self, first: int, num_rows: int) -> list[Call]:
+        """Logits of ``num_rows`` of the rows that the layers left, from ``first`` on."""
+        config, b = self.config, self.buffers
+        plan = Plan(self.device, self.activation, num_rows)
+        plan.product(b.normed.row(first), self.weights.lm_head, b.logits)
+        if config.final_soft_cap is not None:
+            plan.soft_cap(b.logits, config.vocab_size, config.final_soft_cap)
+        return plan.calls
