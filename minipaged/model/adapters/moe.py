@@ -113,5 +113,7 @@ def _mlp(config: ModelConfig, tensors: TensorReader, prefix: str, layer: LayerCo
 
 
 def _experts_packed(tensors: TensorReader, matrices: np.ndarray):
-    """One array for all experts, or a list of packed matrices where the backend packs."""
+    """One array for all experts, or a list of packed matrices where the backend packs (or its packed stack)."""
+    if getattr(tensors.pack, "stacks", False):
+        return tensors.packed(matrices)
     return matrices if tensors.pack is None else [tensors.packed(matrix) for matrix in matrices]

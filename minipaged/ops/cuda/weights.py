@@ -43,6 +43,8 @@ class DevicePacker:
     matrix in the role of ``lm_head`` is the embedding too.
     """
 
+    stacks = True
+
     def __init__(self, device: Device, weight_format: str, activation: str, tied: bool):
         self.device, self.weight_format, self.activation, self.tied = device, weight_format, activation, tied
 
