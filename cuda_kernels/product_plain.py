@@ -1,15 +1,15 @@
 """The product of activations and a weight, to be read first; it serves float32, and any width.
 
-    x        [M, K]        dtype of ``x``
+    x        [M, K]        dtype ``x``
     weight   [N, K]        float32, float16, bfloat16 or int8; int4: [N, ceil(K / 32) * 16] bytes
     scales   [N]           float32, int8 weights only: weight = scale * q
              [N, ceil(K / 32)]  float16, int4 weights only: weight = scale * (q - 8)
     bias     [N]           float32, variant ``bias`` only
     out      [M, N]        float32, float16 or bfloat16;  out = x weight^T (+ bias), ``add``: out += it
              [M, N / 2]    with ``gated``: act(first half of the columns) * second half
-    scratch pointers that a variant does not use may be any address.
 
-Byte ``i`` of a row of int4 weights holds ``q`` of columns 2i (low nibble) and 2i + 1.
+Byte ``i`` of a row of int4 weights holds ``q`` of columns 2i (low nibble) and 2i + 1. A pointer that a
+variant does not use may be any address.
 
 One warp computes one column of ``out`` for ``tokens`` rows. Its lanes walk along K side by side, so each
 load of the weight is one row of 32 neighbouring values, and at the end they add what they have::
@@ -19,6 +19,11 @@ load of the weight is one row of 32 neighbouring values, and at the end they add
 
 So an output is a sum in one order, whatever M and ``tokens`` are: its bits depend on its own row alone.
 ``tokens`` only says how many rows share a load of the weight.
+
+``experts`` makes it the product of a mixture of experts, whose weights lie one after the other: [E, N, K].
+The third dimension of the grid counts experts; expert ``e`` computes the rows ``expert_starts[e]`` to
+``expert_starts[e + 1]`` of ``out`` from the rows of x that ``rows`` names ("gather") or that have the same
+numbers ("slots").
 """
 
 from __future__ import annotations
@@ -31,7 +36,8 @@ from cuda_kernels.activation import ACTIVATIONS
 from cuda_kernels.dtypes import ELEMENTS, loader, storer
 from cuda_kernels.intrinsics import fma_f32, half_to_f32
 from cuda_kernels.kernel import Kernel, float32, int32, pointer, uint8, uint16
-from cuda_kernels.reductions import WARP, warp_sum
+from cuda_kernels.reductions import WARP
+from cuda_kernels.warp import warp_sum
 
 WARPS = 4  # of a block: that many columns
 GROUP = 32  # columns of an int4 weight that share a scale
@@ -70,8 +76,9 @@ def build(
     add: bool = False,
     activation: str | None = None,
     gated: bool = False,
+    experts: str | None = None,
 ) -> Kernel:
-    """``product(x, weight, scales, bias, out, num_tokens, num_outputs, width)``.
+    """``product(x, weight, scales, bias, expert_starts, rows, out, num_tokens, num_outputs, width)``.
 
     ``num_outputs`` counts the columns of ``out``: with ``gated`` the weight has twice as many rows.
     """
@@ -79,18 +86,19 @@ def build(
     scaled, with_bias, adds = weight == "int8", bias, add
     activated = activation is not None
     act = ACTIVATIONS[activation or "silu"]
+    grouped, gathers = experts is not None, experts == "gather"
+    halves = 2 if gated else 1
 
     @cuda.jit(device=True)
-    def multiply(x, weight, scales, bias, row, first, num_tokens, width, results):
-        """``results[j]``: row ``row`` of the weight times row ``first + j`` of x; the same in every lane."""
+    def multiply(x, weight, scales, bias, row, source, width, results):
+        """``results[j]``: row ``row`` of the weight times row ``source[j]`` of x; the same in every lane."""
         for j in range(tokens):
             results[j] = float32(0)
         k = cuda.threadIdx.x % WARP
         while k < width:
             w = read(weight, scales, row, k, width)
             for j in range(tokens):
-                token = min(first + j, num_tokens - 1)
-                results[j] = fma_f32(load(x[token * width + k]), w, results[j])
+                results[j] = fma_f32(load(x[source[j] * width + k]), w, results[j])
             k += WARP
         for j in range(tokens):
             total = warp_sum(results[j])
@@ -100,37 +108,46 @@ def build(
                 total += bias[row]
             results[j] = total
 
-    def product(x, weight, scales, bias, out, num_tokens, num_outputs, width):
+    def product(x, weight, scales, bias, expert_starts, rows, out, num_tokens, num_outputs, width):
         column = cuda.blockIdx.x * WARPS + cuda.threadIdx.x // WARP
-        first = cuda.blockIdx.y * tokens
-        if column >= num_outputs:
+        first, end, weight_row = cuda.blockIdx.y * tokens, num_tokens, column
+        if grouped:
+            expert = cuda.blockIdx.z
+            first, end = first + expert_starts[expert], expert_starts[expert + 1]
+            weight_row += expert * num_outputs * halves
+        if column >= num_outputs or first >= end:
             return
+        source = cuda.local.array(tokens, int32)
+        for j in range(tokens):
+            row = min(first + j, end - 1)
+            source[j] = rows[row] if gathers else row
         results = cuda.local.array(tokens, float32)
-        multiply(x, weight, scales, bias, column, first, num_tokens, width, results)
+        multiply(x, weight, scales, bias, weight_row, source, width, results)
         if gated:
             ups = cuda.local.array(tokens, float32)
-            multiply(x, weight, scales, bias, column + num_outputs, first, num_tokens, width, ups)
+            multiply(x, weight, scales, bias, weight_row + num_outputs, source, width, ups)
         for j in range(tokens):
-            token = first + j
-            if cuda.threadIdx.x % WARP == j and token < num_tokens:
+            row = first + j
+            if cuda.threadIdx.x % WARP == j and row < end:
                 value = results[j]
                 if activated:
                     value = act(value)
                 if gated:
                     value *= ups[j]
                 if adds:
-                    value += out[token * num_outputs + column]
-                out[token * num_outputs + column] = store(value)
+                    value += out[row * num_outputs + column]
+                out[row * num_outputs + column] = store(value)
 
-    weights = uint8 if weight == "int4" else ELEMENTS[weight]
     return Kernel(
         name="product_plain",
         body=product,
         signature=(
             pointer(ELEMENTS[x]),
-            pointer(weights),
+            pointer(uint8 if weight == "int4" else ELEMENTS[weight]),
             pointer(uint16 if weight == "int4" else float32),
             pointer(float32),
+            pointer(int32),
+            pointer(int32),
             pointer(ELEMENTS[out]),
             int32,
             int32,
@@ -145,6 +162,7 @@ def build(
             "add": add,
             "activation": activation,
             "gated": gated,
+            "experts": experts,
         },
         block=WARPS * WARP,
         registers_at_most=64,
@@ -152,6 +170,11 @@ def build(
     )
 
 
-def launch_dims(num_tokens: int, num_outputs: int, tokens: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Grid and block for ``num_tokens`` rows and ``num_outputs`` columns of ``out``."""
-    return (-(-num_outputs // WARPS), -(-num_tokens // tokens), 1), (WARPS * WARP, 1, 1)
+def launch_dims(
+    num_tokens: int, num_outputs: int, tokens: int, num_experts: int = 1
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Grid and block for ``num_tokens`` rows of x and ``num_outputs`` columns of ``out``.
+
+    An expert has at most ``num_tokens`` rows, since no token goes to it twice.
+    """
+    return (-(-num_outputs // WARPS), -(-num_tokens // tokens), num_experts), (WARPS * WARP, 1, 1)
