@@ -18,23 +18,33 @@ CPU_DEFAULT_WEIGHTS = "int8"
 
 @dataclass(frozen=True)
 class Backend:
-    """One device as seen on this machine: ``reason`` says what it is, or why it is not available."""
+    """One device as seen on this machine: ``reason`` says what it is, or why it is not available.
+
+    ``capability``: of a CUDA device. ``emulated``: it works, but nobody wants it unasked.
+    """
 
     name: str
     available: bool
     reason: str
+    capability: tuple[int, int] = (0, 0)
+    emulated: bool = False
 
 
 @dataclass(frozen=True)
 class Formats:
-    """How a backend keeps numbers: ``weights`` and ``kv_cache`` are ``"float32"``, ``"int8"``, ..."""
+    """How a backend keeps numbers: ``weights`` and ``kv_cache`` are ``"float32"``, ``"int8"``, ...;
+    ``activations`` is what a product reads on a CUDA device."""
 
     weights: str
     kv_cache: str
+    activations: str = "float32"
 
 
 def _probe_cuda() -> Backend:
-    return Backend("cuda", False, "not part of this version of minipaged")
+    from minipaged.ops.cuda import available
+
+    found = available.examine()
+    return Backend("cuda", found.problem is None, found.problem or found.name, found.capability, found.emulated)
 
 
 def _probe_cpu() -> Backend:
@@ -74,6 +84,13 @@ _OFFERED = {
         "speculative_model": (None,),
         "swap_space": (0,),
     },
+    "cuda": {
+        "dtype": ("auto", "float32", "float16", "bfloat16"),
+        "quantization": (None, "int8", "int4"),
+        "kv_cache_dtype": ("auto", "float32", "float16", "bfloat16", "int8"),
+        "speculative_model": (None,),
+        "swap_space": (0,),
+    },
 }
 
 
@@ -96,7 +113,7 @@ def choose(device: str) -> Backend:
         passed_over = []
         for name in _PROBES:
             backend = examine(name)
-            if backend.available:
+            if backend.available and not backend.emulated:
                 log.info("device=auto chose %s (%s); %s", backend.name, backend.reason, "; ".join(passed_over))
                 return backend
             passed_over.append(f"{backend.name}: {backend.reason}")
@@ -104,6 +121,12 @@ def choose(device: str) -> Backend:
     if not backend.available:
         usable = ", ".join(repr(b.name) for b in probe() if b.available)
         raise BackendUnavailableError(f"device {device!r} cannot be used: {backend.reason}. Usable here: {usable}.")
+    if backend.emulated:
+        log.warning(
+            "MINIPAGED_CUDA=emulate: kernels run in the PTX interpreter as on %s. That shows whether they are right, "
+            "and is many thousand times slower than a card.",
+            backend.reason,
+        )
     return backend
 
 
@@ -126,6 +149,8 @@ def choose_formats(backend: Backend, config: EngineConfig, packed_as: str | None
 
     ``dtype="float32"`` without quantization keeps everything in float32. The cpu backend's
     ``dtype="auto"`` is ``CPU_DEFAULT_WEIGHTS``; its KV cache is bfloat16 unless ``dtype`` is float32.
+    The cuda backend's is bfloat16, or float16 on cards before compute capability 8.0, which multiply
+    that faster; its activations and KV cache follow ``dtype``.
     """
     if packed_as and backend.name != "cpu":
         raise ConfigError(
@@ -134,6 +159,12 @@ def choose_formats(backend: Backend, config: EngineConfig, packed_as: str | None
         )
     if backend.name == "reference":
         return Formats("float32", "float32")
+    if backend.name == "cuda":
+        activations = config.dtype
+        if activations == "auto":
+            activations = "bfloat16" if backend.capability >= (8, 0) else "float16"
+        kv_cache = activations if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+        return Formats(config.quantization or activations, kv_cache, activations)
     weights = config.quantization or (CPU_DEFAULT_WEIGHTS if config.dtype == "auto" else config.dtype)
     if packed_as and weights != packed_as:
         if config.quantization is not None or config.dtype != "auto":
@@ -160,7 +191,34 @@ def kv_block_bytes(formats: Formats, backend: Backend, model: ModelConfig, block
 
         layout = KVLayout(formats.kv_cache, block_size, model.num_kv_heads, model.head_dim)
         return model.num_layers * layout.block_bytes
+    if backend.name == "cuda":
+        from minipaged.ops.cuda.kv import CudaKVLayout
+
+        layout = CudaKVLayout(formats.kv_cache, block_size, model.num_kv_heads, model.head_dim)
+        return model.num_layers * layout.block_bytes
     return sizing.kv_block_bytes(model, block_size, bytes_per_value=4)
+
+
+def memory_for_kv_cache(
+    formats: Formats, backend: Backend, model: ModelConfig, config: EngineConfig, max_model_len: int
+) -> int | None:
+    """Bytes of a device's memory that weights and buffers will leave; ``None``: the backend lives in the host's.
+
+    Raises :class:`~minipaged.errors.OutOfDeviceMemoryError` if not even they fit.
+    """
+    if backend.name != "cuda":
+        return None
+    from minipaged.ops.cuda import memory
+    from minipaged.ops.cuda.available import open_device
+
+    device = open_device()
+    try:
+        return memory.left_for_kv_cache(
+            device, model, formats.weights, formats.activations, config.max_num_batched_tokens,
+            -(-max_model_len // config.block_size),
+        )  # fmt: skip
+    finally:
+        device.close()
 
 
 def set_num_threads(num_threads: int | None) -> None:

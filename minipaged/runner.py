@@ -50,6 +50,8 @@ class Runner:
         sizes = {"num_blocks": num_blocks, "block_size": block_size, "max_model_len": max_model_len}
         if backend.name == "cpu":
             parts = _build_cpu(model, formats, max_num_tokens=max_num_tokens, num_threads=num_threads, **sizes)
+        elif backend.name == "cuda":
+            parts = _build_cuda(model, formats, max_num_tokens=max_num_tokens, **sizes)
         else:
             parts = _build_reference(model, num_threads=num_threads, **sizes)
         self.decoder, self.kv_cache, self.weight_bytes, self.embedding_bytes = parts
@@ -172,6 +174,37 @@ def _build_cpu(
         num_threads=num_threads or default_num_threads(),
     )
     return decoder, kv_cache, _num_bytes(weights), _embedding_bytes(weights)
+
+
+def _build_cuda(
+    model: LoadedModel, formats: Formats, *, max_num_tokens: int, num_blocks: int, block_size: int, max_model_len: int
+) -> tuple:
+    """As :func:`_build_reference`, in the memory of the device, which the decoder closes."""
+    from minipaged.model.cuda_decoder import CudaDecoder
+    from minipaged.ops.cuda.available import open_device
+    from minipaged.ops.cuda.kv import CudaKVCache, CudaKVLayout
+    from minipaged.ops.cuda.weights import DevicePacker
+
+    config, device = model.config, open_device()
+    try:
+        packer = DevicePacker(device, formats.weights, formats.activations, tied=config.tie_word_embeddings)
+        weights = load_weights(config, model.source, packer)
+        embedding_bytes = 0 if weights.embedding is weights.lm_head else weights.embedding.nbytes
+        layout = CudaKVLayout(formats.kv_cache, block_size, config.num_kv_heads, config.head_dim)
+        kv_cache = CudaKVCache(device, config.num_layers, num_blocks, layout)
+        decoder = CudaDecoder(
+            device,
+            config,
+            weights,
+            kv_cache,
+            activation=formats.activations,
+            max_model_len=max_model_len,
+            max_num_tokens=max_num_tokens,
+        )
+    except BaseException:
+        device.close()
+        raise
+    return decoder, kv_cache, decoder.weight_bytes, embedding_bytes
 
 
 def _embedding_bytes(weights: ModelWeights) -> int:

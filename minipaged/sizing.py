@@ -33,13 +33,20 @@ def kv_block_bytes(model: ModelConfig, block_size: int, bytes_per_value: int) ->
     return 2 * model.num_layers * block_size * model.num_kv_heads * model.head_dim * bytes_per_value
 
 
-def resolve_num_blocks(config: EngineConfig, max_model_len: int, block_bytes: int) -> int:
+DEVICE_SHARE = 0.9
+"""Of what a device's memory has left; the rest is for the driver's own needs."""
+
+
+def resolve_num_blocks(
+    config: EngineConfig, max_model_len: int, block_bytes: int, device_memory: int | None = None
+) -> int:
     """Blocks of the pool: the option, or what fits ``kv_cache_memory``, or a sensible share.
 
-    ``block_bytes``: of one block, in all layers.
+    ``block_bytes``: of one block, in all layers. ``device_memory``: bytes left on a device that has
+    memory of its own; ``None``: the pool lies in the host's.
     Raises :class:`ConfigError` if the memory given, or the memory free, does not hold the pool.
     """
-    available = available_memory()
+    available = available_memory() if device_memory is None else device_memory
     if config.num_blocks is not None:
         needed = config.num_blocks * block_bytes
         if available is not None and needed > available:
@@ -57,6 +64,8 @@ def resolve_num_blocks(config: EngineConfig, max_model_len: int, block_bytes: in
             )
         if available is not None and budget > available:
             raise ConfigError(f"kv_cache_memory is {budget:,} bytes, but only {available:,} bytes are free; lower it.")
+    elif device_memory is not None:
+        budget = int(DEVICE_SHARE * device_memory)
     else:
         budget = DEFAULT_KV_CACHE_LIMIT if available is None else min(DEFAULT_KV_CACHE_LIMIT, available // 4)
     useful = config.max_num_seqs * -(-max_model_len // config.block_size)

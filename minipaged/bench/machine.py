@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 from importlib import metadata
@@ -96,31 +95,6 @@ def blas_threads() -> int | None:
 def cuda() -> dict:
     """What answers of CUDA: ``driver`` (version or ``None``), ``devices`` (name and compute
     capability each), ``package`` (numba-cuda's version) and ``problem`` (text, or ``None``)."""
-    found = {"driver": None, "devices": [], "package": package_version("numba-cuda"), "problem": None}
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return found | {"problem": "no CUDA driver (libcuda.so.1 is not there)"}
-    version, count = ctypes.c_int(), ctypes.c_int()
-    if driver.cuDriverGetVersion(ctypes.byref(version)) == 0:
-        found["driver"] = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    status = driver.cuInit(0)
-    if status == 0:
-        status = driver.cuDeviceGetCount(ctypes.byref(count))
-    if status != 0:
-        return found | {"problem": f"the CUDA driver answers with error {status} (no device?)"}
-    found["devices"] = [_cuda_device(driver, number) for number in range(count.value)]
-    if not found["devices"]:
-        found["problem"] = "the CUDA driver sees no device"
-    return found
+    from minipaged.ops.cuda.available import driver_facts
 
-
-def _cuda_device(driver, number: int) -> dict:
-    major_attribute, minor_attribute = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-    device, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    name = ctypes.create_string_buffer(256)
-    driver.cuDeviceGet(ctypes.byref(device), number)
-    driver.cuDeviceGetName(name, len(name), device)
-    driver.cuDeviceGetAttribute(ctypes.byref(major), major_attribute, device)
-    driver.cuDeviceGetAttribute(ctypes.byref(minor), minor_attribute, device)
-    return {"name": name.value.decode(errors="replace"), "compute_capability": f"{major.value}.{minor.value}"}
+    return driver_facts() | {"package": package_version("numba-cuda")}

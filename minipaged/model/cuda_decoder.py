@@ -18,12 +18,11 @@ from minipaged.ops.cuda.buffers import Buffers
 from minipaged.ops.cuda.device import Call, Device, DeviceArray, Recording
 from minipaged.ops.cuda.inputs import StepInputs
 from minipaged.ops.cuda.kv import CudaKVCache
+from minipaged.ops.cuda.memory import MAX_LOGITS_ROWS
 from minipaged.ops.cuda.plan import Plan
 from minipaged.ops.cuda.weights import DeviceWeight, pack, to_device, total_bytes
 from minipaged.ops.interface import Batch
 
-MAX_LOGITS_ROWS = 256
-"""Rows of logits that are computed at once; a step that wants more (``prompt_logprobs``) takes several turns."""
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sequences of a decode step that is repeated as a graph; a step is padded to the next of them."""
 PLANS_KEPT = 32

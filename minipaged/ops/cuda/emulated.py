@@ -7,7 +7,6 @@ reads of memory that was never written, and divergent barriers; all of these end
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,21 +21,19 @@ from .device import Call, scalar_type
 
 MEMORY_BYTES = 4 << 30
 """What the emulated device pretends to have; the host provides only what is written."""
-CAPABILITY_VARIABLE = "MINIPAGED_CUDA_CAPABILITY"
-"""Environment variable: the compute capability to emulate, such as ``7.5``."""
 
 
 class EmulatedDevice:
     """The interpreter as a device (see :class:`~minipaged.ops.cuda.device.Device`).
 
-    ``compute_capability``: the card to compile for; ``None`` takes it from the environment, or 8.0.
+    ``compute_capability``: the card to compile for.
     ``checks`` turns the interpreter's checks of shared memory off, which makes it faster.
     """
 
     emulated = True
 
-    def __init__(self, compute_capability: tuple[int, int] | None = None, checks: bool = True):
-        self.compute_capability = compute_capability or _capability_from_environment()
+    def __init__(self, compute_capability: tuple[int, int] = (8, 0), checks: bool = True):
+        self.compute_capability = compute_capability
         self.name = f"emulated sm_{self.compute_capability[0]}{self.compute_capability[1]}"
         self.checks = checks
         self.num_launches = 0
@@ -124,11 +121,3 @@ def _values(call: Call) -> list:
         value = slot[: dtype.itemsize].view(dtype)[0]
         values.append(int(value) if dtype.kind in "iu" else value)
     return values
-
-
-def _capability_from_environment() -> tuple[int, int]:
-    text = os.environ.get(CAPABILITY_VARIABLE, "8.0")
-    major, _, minor = text.partition(".")
-    if not (major.isdigit() and minor.isdigit()):
-        raise DeviceError(f"{CAPABILITY_VARIABLE} is {text!r}; it must be a compute capability such as 8.0.")
-    return int(major), int(minor)

@@ -24,6 +24,15 @@ FIELDS = (("input_ids", 4), ("positions", 4), ("slot_mapping", 8), ("sequences",
 ALIGNMENT = 256  # bytes
 
 
+def input_bytes(max_num_tokens: int, max_blocks: int) -> int:
+    """Bytes of the memory that :class:`StepInputs` takes, here and on the device."""
+    return sum(_field_bytes(item_bytes, max_num_tokens) for _, item_bytes in FIELDS) + 4 * max_num_tokens * max_blocks
+
+
+def _field_bytes(item_bytes: int, max_num_tokens: int) -> int:
+    return -(-item_bytes * max_num_tokens // ALIGNMENT) * ALIGNMENT
+
+
 class StepInputs:
     """The memory above, here and on the device, as attributes: addresses on the device."""
 
@@ -32,9 +41,9 @@ class StepInputs:
         offsets, end = {}, 0
         for name, item_bytes in FIELDS:
             offsets[name] = end
-            end += -(-item_bytes * max_num_tokens // ALIGNMENT) * ALIGNMENT
+            end += _field_bytes(item_bytes, max_num_tokens)
         self._tables_offset = end
-        total = end + 4 * max_num_tokens * max_blocks
+        total = input_bytes(max_num_tokens, max_blocks)
         self._device_memory = DeviceArray(device, (total,), np.uint8)
         self._host_memory = device.host_array(total)
         self._host = {
