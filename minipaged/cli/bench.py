@@ -36,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_memory(_add(kinds, "memory", _memory, "reserved KV slots that hold no token, paged and contiguous"))
     _configure_roofline(_add(kinds, "roofline", _roofline, "products of the cpu backend against this machine's peaks"))
     _configure_compare(_add(kinds, "compare", _compare, "other engines on the same work, in turn with ours"))
+    _configure_grammar(_add(kinds, "grammar", _grammar, "what masking by a JSON schema adds to a decode step"))
     _configure_quality(_add(kinds, "quality", _quality, "perplexity and greedy agreement of each precision"))
 
 
@@ -106,6 +107,14 @@ def _configure_quality(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-len", type=positive_int, default=64, metavar="N", help="tokens of each prompt; 64")
     parser.add_argument("--output-len", type=positive_int, default=64, metavar="N", help="tokens that follow each; 64")
     add_engine_options(parser, omit=(*OMITTED_ENGINE_OPTIONS, *MODE_OPTIONS, "enable_prefix_caching"))
+
+
+def _configure_grammar(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="sequences (default: 16)")
+    parser.add_argument("--prompt-len", type=positive_int, default=128, metavar="N", help="tokens of each; 128")
+    parser.add_argument("--steps", type=positive_int, default=64, metavar="N", help="timed, of each kind (default: 64)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="(default: 0)")
+    add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
 
 
 def _configure_roofline(parser: argparse.ArgumentParser) -> None:
@@ -210,6 +219,23 @@ def _latency(args: argparse.Namespace) -> tuple[str, dict]:
     )
     result = {"bench": "latency", "context": context, **result}
     return report.context_text(context) + "\n" + report.latency_text(result), result
+
+
+def _grammar(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench import grammar, report
+    from minipaged.engine import Engine
+
+    engine = Engine(EngineConfig(**given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)))
+    context = report.context(engine)
+    result = grammar.measure(
+        engine,
+        batch_size=args.batch_size,
+        prompt_len=args.prompt_len,
+        num_steps=args.steps,
+        temperature=args.temperature,
+    )
+    result = {"bench": "grammar", "context": context, **result}
+    return report.context_text(context) + "\n" + report.grammar_text(result), result
 
 
 def _memory(args: argparse.Namespace) -> tuple[str, dict]:

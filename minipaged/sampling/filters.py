@@ -14,22 +14,27 @@ from __future__ import annotations
 import numpy as np
 
 
-def candidates(row: np.ndarray, largest: float, params) -> tuple[np.ndarray | None, np.ndarray]:
+def candidates(row: np.ndarray, largest: float, params, masked: bool = False) -> tuple[np.ndarray | None, np.ndarray]:
     """The tokens that may be drawn and their weights.
 
     Args:
         row: processed logits, float32 ``[vocab]``; masked ones are ``-inf``.
         largest: the largest of them, finite.
         params: ``SamplingParams`` with ``temperature > 0``.
+        masked: whether some logits may be ``-inf``.
 
     Returns:
         ``(token_ids, weights)``: ids ascending, int64 ``[n]``, or ``None`` for the whole vocabulary;
         weights float64 ``[n]``, not normalised, the largest is 1.
     """
     ids = None
-    if 0 < params.top_k < len(row):
-        ids = np.flatnonzero(row >= kth_largest(row, params.top_k))
+    if masked and np.count_nonzero(row > -np.inf) < len(row) // 4:  # then a subset is cheaper than the whole
+        ids = np.flatnonzero(row > -np.inf)
         row = row[ids]
+    if 0 < params.top_k < len(row):
+        kept = np.flatnonzero(row >= kth_largest(row, params.top_k))
+        ids = kept if ids is None else ids[kept]
+        row = row[kept]
     weights = np.subtract(row, largest, dtype=np.float64)
     weights /= params.temperature
     np.exp(weights, out=weights)

@@ -7,6 +7,8 @@ tokens without are masked in one pass over the row:
     {"name": "J            may follow        o  "  oh  \\n …      never follows     }  <raw newline>  an end
     ─────────────▶ matcher ─────────▶ 1 1 1 1 …        0 0 0 …  ─────▶ row[bit == 0] = -inf
 
+A greedy draw needs no mask while the likeliest token may follow anyway, which is much cheaper to find out.
+
 Where the grammar is complete, the end-of-sequence tokens are allowed; where nothing else can follow, they alone
 are. So a text that ends by itself conforms to the grammar, and one cut off by ``max_tokens`` is the beginning of
 one that does. A mask depends on the sequence's own tokens alone, so the equivalence law holds.
@@ -48,8 +50,10 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._matcher = functools.lru_cache(CACHED_GRAMMARS)(self._compile)
 
-    def compile(self, structured_outputs: dict) -> Grammar:
+    def compile(self, structured_outputs: dict, only_likeliest: bool = False) -> Grammar:
         """A processor at the beginning of the grammar that ``structured_outputs`` (checked) asks for.
+
+        ``only_likeliest``: nothing but the likeliest token of a row matters (see :class:`Grammar`).
 
         Raises:
             InvalidParameterError: the grammar is malformed, too large or uses what is not supported, the
@@ -57,7 +61,9 @@ class GrammarCompiler:
         """
         ((kind, value),) = structured_outputs.items()
         text = value if isinstance(value, str) else json.dumps(value)
-        return Grammar(self._matcher(kind, text).deep_copy(), self._vocab_size, self._eos_token_ids)
+        return Grammar(
+            self._matcher(kind, text).deep_copy(), self._vocab_size, self._eos_token_ids, only_likeliest
+        )
 
     def _compile(self, kind: str, text: str):
         """A fresh matcher; of the same grammar it is made once."""
@@ -102,12 +108,16 @@ class Grammar(LogitsProcessor):
         matcher: an ``llguidance.LLMatcher`` of one's own.
         vocab_size: number of logits in a row.
         eos_token_ids: those inside the vocabulary.
+        only_likeliest: rows whose likeliest token may follow are left as they are. (Where the next bytes
+            are certain, a mask leaves only the token that the tokenizer itself would take for them;
+            without one the model may also take a shorter one.)
     """
 
-    def __init__(self, matcher, vocab_size: int, eos_token_ids: list[int]):
+    def __init__(self, matcher, vocab_size: int, eos_token_ids: list[int], only_likeliest: bool = False):
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._eos_token_ids = np.array(eos_token_ids)
+        self._only_likeliest = only_likeliest
         # Tokens after the end of the grammar, or that it forbids (a draft's): known, but not consumed.
         self._num_outside = 0
 
@@ -120,6 +130,8 @@ class Grammar(LogitsProcessor):
         if self._ended():
             row.fill(-np.inf)
             row[self._eos_token_ids] = 0  # even if min_tokens wants more: there is no more to say
+            return
+        if self._only_likeliest and not self._num_outside and self._matcher.validate_tokens([int(row.argmax())]):
             return
         row += _PENALTIES.take(self._allowed_bits(), axis=0).reshape(-1)[: self._vocab_size]
 
@@ -149,7 +161,7 @@ class Grammar(LogitsProcessor):
             self._matcher.rollback(1)
 
     def fork(self) -> Grammar:
-        twin = Grammar(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids)
+        twin = Grammar(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids, self._only_likeliest)
         twin._num_outside = self._num_outside
         return twin
 

@@ -40,10 +40,11 @@ class SampledToken:
 
 
 class Sampler:
-    """Samples for a vocabulary of ``vocab_size`` tokens; has no memory of its own."""
+    """Samples for a vocabulary of ``vocab_size`` tokens; keeps nothing from one call to the next."""
 
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
+        self._row = np.empty(vocab_size, dtype=np.float32)  # fresh memory costs more than the copy into it
 
     def sample(
         self, logits: np.ndarray, states: list[SamplingState], *, with_margins: bool = False
@@ -85,7 +86,8 @@ class Sampler:
             return SampledToken(-1, error="the model's logits hold NaN or infinity; its weights or KV are damaged.")
         row = raw
         if state.processors:
-            row = raw.copy()
+            row = self._row
+            row[:] = raw
             for processor in state.processors:
                 processor.apply(row, state.output_token_ids)
             likeliest = int(row.argmax())
@@ -95,7 +97,7 @@ class Sampler:
 
         token_id = likeliest
         if not state.params.greedy:
-            ids, weights = candidates(row, largest, state.params)
+            ids, weights = candidates(row, largest, state.params, masked=bool(state.processors))
             index = draw(weights, uniform)
             token_id = index if ids is None else int(ids[index])
         sampled = SampledToken(token_id)
