@@ -43,7 +43,10 @@ class Engine:
         self.max_model_len = resolve_max_model_len(config, self.model.config)
         self.formats = backends.choose_formats(self.backend, config, self.model.packed_as)
         block_bytes = backends.kv_block_bytes(self.formats, self.backend, self.model.config, config.block_size)
-        num_blocks = resolve_num_blocks(config, self.max_model_len, block_bytes)
+        device_memory = backends.memory_for_kv_cache(
+            self.formats, self.backend, self.model.config, config, self.max_model_len
+        )
+        num_blocks = resolve_num_blocks(config, self.max_model_len, block_bytes, device_memory)
         self.scheduler = make_scheduler(
             SchedulerConfig(
                 num_blocks=num_blocks,
