@@ -126,7 +126,7 @@ def build(
                 i += 32
         if half > 0 and head < last_rotated:
             cuda.syncwarp()
-            angle = positions[token] * half
+            angle = max(positions[token], 0) * half  # a padding row has position -1
             i = lane
             while i < half:
                 c, s = cos[angle + i], sin[angle + i]
