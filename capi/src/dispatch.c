@@ -1,0 +1,184 @@
+/* Callbacks: one dispatcher thread an engine (in step mode the thread that steps), never the compute thread.
+ *
+ * A callback gets whatever is new in one choice, copied, and runs with no lock held and without the
+ * interpreter's. A slow one delays the others of its engine, and gets its own output in larger pieces; the
+ * engine computes on. */
+
+#define _GNU_SOURCE
+#include "internal.h"
+
+#include <signal.h>
+
+static __thread int callback_depth;
+
+int mpx_in_callback(void)
+{
+    return callback_depth > 0;
+}
+
+void mpx_callback_begins(void)
+{
+    callback_depth++;
+}
+
+void mpx_callback_ends(void)
+{
+    callback_depth--;
+}
+
+int32_t mpx_fail_in_callback(const char *function)
+{
+    return mpx_fail(MINIPAGED_ERROR_BUSY,
+                    "%s was called inside a callback, where it would wait for itself; call it from another thread, "
+                    "or after the callback has returned.",
+                    function);
+}
+
+typedef struct scratch {
+    char *data;
+    size_t capacity;
+} scratch;
+
+/* Copy what is new in `choice` (NULL: nothing is) and mark it as given out. */
+static int fill(minipaged_chunk *chunk, mpx_request *request, mpx_choice *choice, scratch *copy)
+{
+    size_t tokens = choice ? choice->num_tokens - choice->tokens_read : 0;
+    size_t text = choice ? choice->text_size - choice->text_read : 0;
+    size_t needed = tokens * sizeof(int32_t) + text + 1 + (request->ended ? request->error_size + 1 : 1);
+    char *to;
+    if (needed > copy->capacity) {
+        char *larger = realloc(copy->data, needed * 2);
+        if (!larger)
+            return 0;
+        copy->data = larger;
+        copy->capacity = needed * 2;
+    }
+    to = copy->data;
+    memset(chunk, 0, sizeof *chunk);
+    chunk->struct_size = sizeof *chunk;
+    chunk->request = request->id;
+    chunk->produced_ns = request->produced_ns;
+    chunk->token_ids = (const int32_t *)(void *)to;
+    chunk->num_tokens = tokens;
+    if (tokens)
+        memcpy(to, choice->token_ids + choice->tokens_read, tokens * sizeof(int32_t));
+    to += tokens * sizeof(int32_t);
+    chunk->text = to;
+    chunk->text_length = text;
+    if (text)
+        memcpy(to, choice->text + choice->text_read, text);
+    to[text] = 0;
+    to += text + 1;
+    chunk->error = to;
+    if (request->ended && request->error_size)
+        memcpy(to, request->error, request->error_size);
+    to[request->ended ? request->error_size : 0] = 0;
+    if (choice) {
+        choice->tokens_read = choice->num_tokens;
+        choice->text_read = choice->text_size;
+        choice->finish_told = choice->finish_reason != 0;
+        chunk->choice = (int32_t)(choice - request->choices);
+        chunk->choice_finish_reason = choice->finish_reason;
+    } else if (request->num_choices)
+        chunk->choice_finish_reason = request->choices[0].finish_reason;
+    else
+        chunk->choice_finish_reason = request->status ? MINIPAGED_FINISH_ERROR : MINIPAGED_FINISH_ABORT;
+    if (request->ended && !mpx_request_news(request)) {
+        chunk->finished = 1;
+        chunk->status = request->status;
+        request->final_told = 1;
+    }
+    return 1;
+}
+
+/* Give one request's news to its callback. The engine's lock is held, but not while the callback runs. */
+static void call(mpx_engine *engine, mpx_request *request, scratch *copy)
+{
+    minipaged_chunk chunk;
+    int32_t answer;
+    mpx_choice *choice = mpx_request_news(request);
+    if ((!choice && !request->ended) || !fill(&chunk, request, choice, copy))
+        return; /* nothing new after all; or no memory now: told with the next news */
+    request->dispatching = 1;
+    pthread_mutex_unlock(&engine->lock);
+    mpx_callback_begins();
+    answer = request->callback(&chunk, request->user_data);
+    mpx_callback_ends();
+    pthread_mutex_lock(&engine->lock);
+    request->dispatching = 0;
+    if (request->final_told) {
+        if (request->auto_free && !request->freed) {
+            mpx_request_release(engine, request);
+            return;
+        }
+    } else if (answer) {
+        mpx_request_cancel(engine, request);
+    }
+    mpx_request_collect(engine, request);
+}
+
+static void run(mpx_engine *engine, scratch *copy)
+{
+    while (engine->calls.first) {
+        mpx_request *request = engine->calls.first;
+        int more;
+        mpx_list_remove(&engine->calls, request);
+        do { /* all choices with news, before another request's turn */
+            uint64_t id = request->id;
+            if (request->freed || request->final_told)
+                break;
+            call(engine, request, copy);
+            request = mpx_request_find(engine, id);
+            more = request && !request->in_list && !request->freed && !request->final_told &&
+                   (mpx_request_news(request) || request->ended);
+        } while (more);
+    }
+}
+
+void mpx_dispatch(mpx_engine *engine)
+{
+    scratch copy = {0};
+    pthread_mutex_lock(&engine->lock);
+    run(engine, &copy);
+    pthread_mutex_unlock(&engine->lock);
+    free(copy.data);
+}
+
+static void *dispatcher(void *argument)
+{
+    mpx_engine *engine = argument;
+    scratch copy = {0};
+    pthread_mutex_lock(&engine->lock);
+    for (;;) {
+        run(engine, &copy);
+        if (mpx_log_waiting()) {
+            pthread_mutex_unlock(&engine->lock);
+            mpx_log_deliver();
+            pthread_mutex_lock(&engine->lock);
+        } else if (engine->calls.first) {
+            continue;
+        } else if (engine->dispatcher_ends) {
+            break;
+        } else {
+            pthread_cond_wait(&engine->calls_changed, &engine->lock);
+        }
+    }
+    pthread_mutex_unlock(&engine->lock);
+    free(copy.data);
+    mpx_engine_put(engine);
+    return NULL;
+}
+
+int32_t mpx_dispatcher_start(mpx_engine *engine)
+{
+    sigset_t all, before;
+    int error;
+    sigfillset(&all); /* signals are for the program's own threads */
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    error = pthread_create(&engine->dispatcher, NULL, dispatcher, engine);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error)
+        return mpx_fail(MINIPAGED_ERROR_MEMORY, "no thread for the callbacks can be started (%s).", strerror(error));
+    engine->has_dispatcher = 1;
+    return MINIPAGED_OK;
+}
