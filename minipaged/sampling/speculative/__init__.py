@@ -1,0 +1,1 @@
+"""Speculative decoding: guess the next tokens cheaply, check all guesses in one step of the model."""

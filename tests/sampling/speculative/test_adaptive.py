@@ -1,0 +1,158 @@
+"""Draft lengths follow what pays, and what speculation can lose is bounded."""
+
+import random
+
+import pytest
+
+from minipaged.config import SamplingParams
+from minipaged.core.request import Request
+from minipaged.sampling.speculative.adaptive import OPTIMISM, Acceptance, Candidate, LengthController
+from minipaged.sampling.speculative.cost import LinearCost
+
+
+def test_a_line_is_learned():
+    cost, rng = LinearCost(), random.Random(0)
+    for _ in range(200):
+        rows = rng.randint(1, 20)
+        cost.observe(rows, (5 + 0.5 * rows) * rng.uniform(0.95, 1.05))
+    assert cost.fixed == pytest.approx(5, rel=0.1)
+    assert cost.per_row == pytest.approx(0.5, rel=0.1)
+
+
+def test_what_a_line_cannot_know_is_guessed_between_free_and_proportional():
+    cost = LinearCost()
+    for _ in range(10):
+        cost.observe(4, 2.0)
+    assert cost(4) == pytest.approx(2)
+    assert 0 < cost.per_row < 0.5
+    cost.observe(8, 4.0)
+    assert cost(8) > 3  # one other observation outweighs the guess
+
+
+def test_a_stalled_step_changes_little():
+    cost = LinearCost()
+    for rows in range(1, 11):
+        cost.observe(rows, 1.0)
+    cost.observe(5, 1000.0)
+    assert cost(5) < 1.4
+
+
+def test_acceptance_learns_and_forgets():
+    overall = Acceptance()
+    own = Acceptance(overall)
+    assert own.rate == OPTIMISM
+    for _ in range(50):
+        own.observe(3, 0)
+    assert own.rate < 0.15
+    for _ in range(300):
+        own.fade(0.98)
+    assert own.rate > 0.8 * OPTIMISM
+    for _ in range(50):
+        overall.observe(4, 0)
+    assert Acceptance(overall).rate < 0.15  # a new sequence is expected to be like the others
+
+
+class World:
+    """Time passes as told: a step costs ``fixed + per_row * rows``, a draft round likewise."""
+
+    def __init__(self, *, step=(10.0, 0.5), draft=(0.0, 0.0), each_token=False, noise=0.0, num_sequences=1, seed=0):
+        self.rng = random.Random(seed)
+        self.step, self.draft, self.noise = step, draft, noise
+        self.draft_cost = LinearCost()
+        self.controller = LengthController(self.draft_cost, each_token)
+        self.each_token = each_token
+        self.requests = [Request(str(i), [1], SamplingParams()) for i in range(num_sequences)]
+        self.seconds = self.plain_seconds = 0.0
+        self.lengths = []
+
+    def _time(self, line, rows):
+        return (line[0] + line[1] * rows) * self.rng.uniform(1 - self.noise, 1 + self.noise)
+
+    def run(self, num_tokens, rates, limit=5, backlog=0):
+        """Until each sequence got about ``num_tokens``; a guess of sequence i is right with chance ``rates[i]``."""
+        start = self.seconds
+        got = 0
+        while got < num_tokens * len(self.requests):
+            lengths = [0] * len(self.requests)
+            if not self.controller.resting:
+                candidates = [Candidate(request, limit, backlog) for request in self.requests]
+                lengths = self.controller.choose(candidates, len(self.requests))
+            guessing = 0.0
+            for depth in range(max(lengths) if self.each_token else min(max(lengths), 1)):
+                rows = sum(length > depth for length in lengths) + (backlog if depth == 0 else 0)
+                seconds = self._time(self.draft, rows)
+                self.draft_cost.observe(rows, seconds)
+                guessing += seconds
+            right = [self._num_right(length, rate) for length, rate in zip(lengths, rates, strict=True)]
+            for request, length, good in zip(self.requests, lengths, right, strict=True):
+                if length:
+                    self.controller.observe_guesses(request, length, good)
+            seconds = self._time(self.step, len(lengths) + sum(lengths))
+            self.controller.observe_step(
+                len(lengths), sum(lengths), sum(right), seconds=seconds, guessing=guessing, pure=True
+            )
+            self.seconds += seconds + guessing
+            got += len(lengths) + sum(right)
+            self.lengths.append(lengths)
+        plain = num_tokens * self._plain_step()
+        return plain / (self.seconds - start)  # the speed-up
+
+    def _plain_step(self):
+        return self.step[0] + self.step[1] * len(self.requests)
+
+    def _num_right(self, length, rate):
+        right = 0
+        while right < length and self.rng.random() < rate:
+            right += 1
+        return right
+
+
+def test_good_guesses_are_used_to_the_full():
+    world = World(noise=0.1)
+    assert world.run(2000, [0.95]) > 2.5
+    assert sum(length == [5] for length in world.lengths) > 0.7 * len(world.lengths)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+@pytest.mark.parametrize("rate", [0.0, 0.05, 0.3])
+def test_bad_guesses_cost_at_most_a_twentieth(rate, noise):
+    """A round of guessing costs half a step here; so does each row."""
+    world = World(step=(1.0, 1.0), draft=(1.0, 0.1), each_token=True, noise=noise)
+    assert world.run(500, [rate]) > 0.95
+
+
+def test_guessing_resumes_when_text_becomes_predictable():
+    world = World(step=(10.0, 1.0), noise=0.1)
+    assert world.run(1000, [0.0]) > 0.95
+    assert world.run(2000, [0.95]) > 2
+
+
+def test_each_sequence_gets_its_own_length():
+    world = World(step=(10.0, 1.0), num_sequences=4)
+    world.run(800, [0.95, 0.95, 0.02, 0.02])
+    late = world.lengths[len(world.lengths) // 2 :]
+    mean = [sum(lengths[i] for lengths in late) / len(late) for i in range(4)]
+    assert min(mean[:2]) > 3
+    assert max(mean[2:]) < 1
+
+
+def test_a_full_batch_that_is_bound_by_rows_is_not_speculated_on():
+    """What pays for one sequence does not where each row costs as much as a token is worth."""
+    alone, many = World(step=(10.0, 1.0)), World(step=(1.0, 1.0), num_sequences=16)
+    assert alone.run(500, [0.7]) > 1.3
+    assert many.run(500, [0.7] * 16) > 0.95
+    assert sum(map(sum, many.lengths)) < 0.2 * 16 * len(many.lengths)
+
+
+def test_the_purse_does_not_pay_for_a_long_backlog():
+    """Computing 1000 tokens for the draft costs 100 steps; the first guess must wait until that is affordable."""
+    world = World(step=(1.0, 0.1), draft=(0.1, 0.1), each_token=True)
+    world.draft_cost.observe(1, 0.2)
+    assert world.run(300, [0.9], backlog=1000) > 0.95
+
+
+def test_requests_are_forgotten():
+    world = World()
+    world.run(50, [0.5])
+    world.controller.retain(set())
+    assert not world.controller._acceptances
