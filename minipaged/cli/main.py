@@ -12,7 +12,7 @@ import sys
 import traceback
 
 from minipaged import __version__
-from minipaged.cli import bench, chat, doctor, generate, inspect, models, pack, pull, warmup
+from minipaged.cli import bench, cache, chat, config, doctor, generate, inspect, models, pack, pull, warmup
 from minipaged.cli.options import add_common_options
 from minipaged.errors import InvalidParameterError, MinipagedError
 
@@ -22,10 +22,12 @@ COMMANDS = {
     "models": models,
     "pull": pull,
     "pack": pack,
+    "cache": cache,
     "inspect": inspect,
     "bench": bench,
     "doctor": doctor,
     "warmup": warmup,
+    "config": config,
 }
 EXIT_BUG, EXIT_ERROR, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 1, 2, 130, 141
 
