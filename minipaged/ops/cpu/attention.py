@@ -28,7 +28,7 @@ from .compile_cache import c_function
 from .elementwise import GROUP, blend, clear, copy, divide, scale, soft_cap
 from .emit import F32, I8, I16, I32, I64, Emitter, kernel, vector
 from .kv import ITEM_BYTES, TOKENS
-from .memory import compiled, float_bits, floats, ints32
+from .memory import compiled, float_bits, floats, ints32, part_of_caller
 from .phases import PHASE_SIGNATURE, layer_at, model_at
 
 CHUNK = 256  # positions; a whole number of blocks, whose size is a power of two up to 256
@@ -179,7 +179,7 @@ def _softmax(e, scores, first_group, last_group, low, high, result):
     e.store(e.reduce(sums, e.fadd), e.add(result, 4))
 
 
-@compiled
+@part_of_caller
 def _combine(rows, padded_dim, part, part_result, total, total_result):
     """Fold a chunk's weighted values into those of the chunks before it."""
     for row in range(rows):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import bytes8, compiled, floats, words16, words32
+from .memory import bytes8, floats, part_of_caller, words16, words32
 from .packing import PANEL
 
 FORMATS = {"float32 rows": 0, "bfloat16 rows": 1, "float32": 2, "bfloat16": 3, "int8": 4}
 """Tables as plain rows, and packed in one of the formats that a lm_head may have."""
 
 
-@compiled
+@part_of_caller
 def embed(format, table, scales, token, out_address, size):
     """Write the embedding of ``token``, ``size`` float32, to ``out_address``."""
     out, bits = floats(out_address, size), words32(out_address, size)

@@ -21,7 +21,7 @@ from numba.core.ccallback import CFunc
 
 from .compile_cache import c_function
 from .elementwise import add, norm, rope
-from .memory import bytes8, compiled, floats, ints32, ints64, words16, words32
+from .memory import bytes8, compiled, floats, ints32, ints64, part_of_caller, words16, words32
 from .packing import aligned_zeros, round_up
 from .phases import PHASE_SIGNATURE, layer_at, linear_at, model_at
 
@@ -92,6 +92,21 @@ class CpuKVCache:
         if pairs:
             sources, destinations = zip(*pairs, strict=True)
             self.data[:, list(destinations)] = self.data[:, list(sources)]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: K and V in every layer."""
+        return self.data.nbytes // self.num_blocks
+
+    def read_blocks(self, block_ids: list[int]) -> np.ndarray:
+        """A copy of the content of blocks, uint8 ``[len(block_ids), block_bytes]``."""
+        content = np.moveaxis(self.data[:, block_ids], 1, 0)
+        return np.ascontiguousarray(content).reshape(len(block_ids), -1)
+
+    def write_blocks(self, block_ids: list[int], content: np.ndarray) -> None:
+        """Fill blocks with what :meth:`read_blocks` returned, here or in a cache of the same layout."""
+        layers = content.reshape(len(block_ids), len(self.data), -1)
+        self.data[:, block_ids] = np.moveaxis(layers, 0, 1)
 
 
 @compiled
@@ -181,7 +196,7 @@ def _build_write(dtype: str):
     return write_int8
 
 
-@compiled
+@part_of_caller
 def _finish_heads(model, layer, linear, row):
     """Biases, norms and rope of one token's q, k and v."""
     qkv = model.qkv + row * model.qkv_stride

@@ -14,7 +14,7 @@ from __future__ import annotations
 from numba import carray
 from numba.extending import intrinsic
 
-from .memory import _pointer, compiled
+from .memory import _pointer, part_of_caller
 from .products import _calls_address
 from .tables import LAYER, LINEAR, MODEL
 
@@ -27,19 +27,19 @@ def call_phase(typing_context, address, model, layer, linears, index, thread, nu
     return _calls_address(6)
 
 
-@compiled
+@part_of_caller
 def model_at(address):
     """The MODEL record at ``address``."""
     return carray(_pointer(address), 1, MODEL)[0]
 
 
-@compiled
+@part_of_caller
 def layer_at(address):
     """The LAYER record at ``address``."""
     return carray(_pointer(address), 1, LAYER)[0]
 
 
-@compiled
+@part_of_caller
 def linear_at(address, index):
     """The LINEAR record ``index`` of the table at ``address``."""
     return carray(_pointer(address), index + 1, LINEAR)[index]

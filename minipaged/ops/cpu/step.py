@@ -16,7 +16,7 @@ from .compile_cache import keep
 from .elementwise import activate, add, copy, norm, scale, soft_cap
 from .embedding import embed
 from .linear import multiply, prepare_row, share
-from .memory import compiled, float_bits, ints32
+from .memory import compiled, float_bits, ints32, part_of_caller
 from .phases import call_phase
 from .tables import LAYER, LINEAR, MODEL
 from .team import PARKED, STOP, barrier, fetch_add, wait_for_step
@@ -24,7 +24,7 @@ from .team import PARKED, STOP, barrier, fetch_add, wait_for_step
 LAYER_BYTES = LAYER.itemsize
 
 
-@compiled
+@part_of_caller
 def _embed_rows(model, thread, num_threads):
     first, last = share(model.num_tokens, thread, num_threads)
     ids, positions = ints32(model.input_ids, last), ints32(model.positions, last)
@@ -61,7 +61,7 @@ def _residual_rows(model, linear_bias, weight, bias, num_rows, thread, num_threa
         add(model.hidden + row * model.hidden_stride, output, model.hidden_size)
 
 
-@compiled
+@part_of_caller
 def _keep_wanted_rows(model):
     """Move the rows whose logits are wanted to the front; their order is ascending, so none is lost."""
     wanted = ints32(model.logits_indices, model.num_logits)
@@ -74,7 +74,7 @@ def _keep_wanted_rows(model):
                 copy(buffer + wanted[i] * stride, buffer + i * stride, stride // 4)
 
 
-@compiled
+@part_of_caller
 def _feed_forward(model, layer, linears, num_rows, thread, num_threads):
     """``output = down(activation(gate_up(normed)))``."""
     gate_up, down = linears[layer.gate_up], linears[layer.down]

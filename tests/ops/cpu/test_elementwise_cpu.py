@@ -59,8 +59,8 @@ def run_soft_cap(*args):
 
 
 @njit
-def run_embed(*args):
-    embed(*args)
+def run_embed(format, table, scales, token, out, size):
+    embed(format, table, scales, token, out, size)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
