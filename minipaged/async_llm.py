@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import weakref
 from collections.abc import AsyncIterator
 
+from minipaged import session_cache
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.engine_thread import EngineThread
@@ -69,6 +71,27 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """End a request; its iterator yields a last output with ``finish_reason="abort"``."""
         self._thread.abort(request_id)
+
+    async def save_prefix(self, prompt, path, *, cache_salt: str | None = None) -> int:
+        """As :meth:`LLM.save_prefix`."""
+        engine = self._thread.open_engine()
+        session_cache.check_usable(engine)
+        params = SamplingParams(temperature=0, max_tokens=1)
+        async for output in self.generate(prompt, params, cache_salt=cache_salt):
+            token_ids = output.prompt_token_ids
+        export = functools.partial(session_cache.export, engine, token_ids, cache_salt)
+        prefix = await asyncio.to_thread(self._thread.call, export)
+        await asyncio.to_thread(session_cache.write, path, prefix, engine)
+        return len(prefix.token_ids)
+
+    async def load_prefix(self, path, *, cache_salt: str | None = None) -> int:
+        """As :meth:`LLM.load_prefix`."""
+        engine = self._thread.open_engine()
+        session_cache.check_usable(engine)
+        prefix = await asyncio.to_thread(session_cache.read, path, engine)
+        insert = functools.partial(session_cache.insert, engine, prefix, cache_salt)
+        await asyncio.to_thread(self._thread.call, insert)
+        return len(prefix.token_ids)
 
     async def stats(self) -> EngineStats:
         """Counters since the engine was made, and gauges of this moment."""

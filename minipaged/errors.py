@@ -93,5 +93,9 @@ class BenchmarkError(MinipagedError):
     """An engine that minipaged was compared with failed, or did other work than it was asked for."""
 
 
+class SavedPrefixError(MinipagedError, ValueError):
+    """A saved prefix cannot be used: its file is damaged, or it was made by another model or other settings."""
+
+
 class IntegrityError(MinipagedError):
     """A law of the block pool was broken: a bug in minipaged, never the caller's fault."""

@@ -51,3 +51,21 @@ class KVCache:
         if pairs:
             copy_blocks(self.k, pairs)
             copy_blocks(self.v, pairs)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: K and V in every layer."""
+        return self.nbytes // self.num_blocks
+
+    def read_blocks(self, block_ids: list[int]) -> np.ndarray:
+        """A copy of the content of blocks, uint8 ``[len(block_ids), block_bytes]``."""
+        content = np.stack([cache[:, block_ids] for cache in (self.k, self.v)])
+        return np.ascontiguousarray(np.moveaxis(content, 2, 0)).reshape(len(block_ids), -1).view(np.uint8)
+
+    def write_blocks(self, block_ids: list[int], content: np.ndarray) -> None:
+        """Fill blocks with what :meth:`read_blocks` returned, here or in a cache of the same layout."""
+        layers, _, *block_shape = self.k.shape
+        values = np.ascontiguousarray(content).view(self.k.dtype)
+        values = values.reshape(len(block_ids), 2, layers, *block_shape)
+        self.k[:, block_ids] = np.moveaxis(values[:, 0], 0, 1)
+        self.v[:, block_ids] = np.moveaxis(values[:, 1], 0, 1)

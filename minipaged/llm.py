@@ -9,6 +9,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 
+from minipaged import session_cache
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.engine_thread import EngineThread
@@ -121,6 +122,46 @@ class LLM:
         text = model.chat_template.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
         # The template writes the special tokens itself.
         return {"prompt": text, "prompt_token_ids": model.tokenizer.encode(text, add_special_tokens=False)}
+
+    # -- prefixes on disk -------------------------------------------------------------------------
+
+    def save_prefix(self, prompt, path, *, cache_salt: str | None = None) -> int:
+        """Compute a prompt's KV, unless it is cached, and save its full blocks; returns how many tokens they hold.
+
+        :meth:`load_prefix` of another process, with the same model and settings, then need not compute
+        them. ``cache_salt`` is not saved.
+
+        Raises:
+            RequestError: the prompt cannot run, or does not fill a block.
+            SavedPrefixError: other requests took the place of its blocks meanwhile.
+            ConfigError: there is no prefix cache, or the file cannot be written.
+        """
+        engine = self._open()
+        session_cache.check_usable(engine)
+        prepared = engine.prepare(prompt, SamplingParams(temperature=0, max_tokens=1), cache_salt=cache_salt)
+        token_ids = prepared.prompt_token_ids
+        for _ in self._run([prepared]):
+            pass
+        prefix = self._thread.call(lambda: session_cache.export(engine, token_ids, cache_salt))
+        session_cache.write(path, prefix, engine)
+        return len(prefix.token_ids)
+
+    def load_prefix(self, path, *, cache_salt: str | None = None) -> int:
+        """Put a saved prefix into the prefix cache; returns how many tokens it holds.
+
+        Requests with the same ``cache_salt`` whose prompts begin with it find it, until other requests need
+        its blocks.
+
+        Raises:
+            SavedPrefixError: there is no such file, it is damaged, or it was made by another model or with
+                other settings.
+            PoolTooSmallError: it does not fit into the free blocks.
+        """
+        engine = self._open()
+        session_cache.check_usable(engine)
+        prefix = session_cache.read(path, engine)
+        self._thread.call(lambda: session_cache.insert(engine, prefix, cache_salt))
+        return len(prefix.token_ids)
 
     # -- facts ------------------------------------------------------------------------------------
 

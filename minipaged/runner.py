@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from minipaged.backends import Backend, Formats, set_num_threads
 from minipaged.core.scheduler import ScheduledSequence, SchedulerOutput
 from minipaged.model.architectures import load_weights
 from minipaged.model.loader import LoadedModel
-from minipaged.model.weights import ModelWeights
+from minipaged.model.weights import ModelWeights, digest
 from minipaged.ops.interface import Batch
 
 
@@ -56,6 +57,11 @@ class Runner:
             parts = _build_reference(model, num_threads=num_threads, **sizes)
         self.decoder, self.kv_cache, self.weight_bytes, self.embedding_bytes = parts
         self.block_size = block_size
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """sha256 of the weights as the backend keeps them; all are read for it, once."""
+        return digest(self.decoder.weights)
 
     def close(self) -> None:
         """End the threads of the backend. Closing twice is harmless."""

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
         prompts = [make_prompt(llm, text, raw=args.raw, system=args.system) for text in texts]
         params = [sampling_params(llm, prompt, options) for prompt in prompts]
         if len(prompts) == 1 and not args.json:
-            outputs = [_stream(llm, prompts[0], params[0])]
+            outputs = [stream(llm, prompts[0], params[0])]
         else:
             outputs = llm.generate(prompts, params)
             _print(outputs, as_json=args.json)
@@ -125,7 +125,8 @@ def sampling_params(llm, prompt: dict, options: dict) -> SamplingParams:
     return llm.default_sampling_params().clone(**{**defaults, **options})
 
 
-def _stream(llm, prompt: dict, params: SamplingParams) -> RequestOutput:
+def stream(llm, prompt: dict, params: SamplingParams) -> RequestOutput:
+    """Write an answer as it comes, and return it."""
     with contextlib.closing(llm.stream(prompt, params)) as outputs:
         for output in outputs:
             write(output.outputs[0].delta)

@@ -16,8 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 
+from minipaged.config import SamplingParams
 from minipaged.core.block_pool import Block, BlockPool
+from minipaged.core.block_table import BlockTable
 from minipaged.core.request import Request
 
 
@@ -70,6 +73,37 @@ class PrefixCache:
             request.published_id = block.content_id
             request.num_published_blocks = index + 1
 
+    def find(self, token_ids: list[int], cache_salt: str | None) -> list[int]:
+        """Ids of the cached blocks that begin ``token_ids``, the last one too if it is full."""
+        return [block.block_id for block in self.match(_whole(token_ids, cache_salt))]
+
+    def insert(
+        self, token_ids: list[int], cache_salt: str | None, write: Callable[[list[int], list[int]], None]
+    ) -> None:
+        """Publish full blocks whose KV comes from elsewhere; they stay in the cache until evicted.
+
+        Args:
+            token_ids: of whole blocks.
+            cache_salt: as a request's.
+            write: ``write(block_ids, indices)`` fills blocks with the KV of the prefix's blocks ``indices``,
+                before anybody can find them. Those that are cached already are left out.
+
+        Raises:
+            NoFreeBlocksError: the pool has not enough free blocks; nothing changed.
+        """
+        request = _whole(token_ids, cache_salt)
+        table = request.block_table = BlockTable(self.block_size, self.pool)
+        table.share_prefix(self.match(request))
+        try:
+            known = len(table.blocks)
+            table.append_slots(table.capacity, len(token_ids))
+            if len(table.blocks) > known:
+                write(table.block_ids[known:], list(range(known, len(table.blocks))))
+            request.num_computed_tokens = len(token_ids)
+            self.publish(request)
+        finally:
+            table.release()
+
     def block_hash(self, request: Request, index: int) -> bytes:
         """Hash of the request's full block ``index``; each is computed once."""
         hashes = request.block_hashes
@@ -86,3 +120,8 @@ class PrefixCache:
 
     def _token_ids(self, request: Request, index: int) -> tuple[int, ...]:
         return tuple(request.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+
+def _whole(token_ids: list[int], cache_salt: str | None) -> Request:
+    """A request of which every full block of ``token_ids`` can be found: one token is left to compute."""
+    return Request("", [*token_ids, 0], SamplingParams(max_tokens=1), cache_salt=cache_salt)

@@ -47,6 +47,7 @@ class CpuDecoder:
     ):
         warm_up({weights.lm_head.format, _first_format(weights)}, [kv_cache.layout.dtype], config.num_experts > 0)
         self.config = config
+        self.weights = weights
         self.kv_cache = kv_cache
         self.max_num_tokens = max_num_tokens
         self.team = Team(num_threads)

@@ -1,8 +1,8 @@
-"""The container of a packed model: a checked header, then arrays that are used where they lie in the file.
+"""The container of packed models and saved prefixes: a checked header, then arrays used where they lie in the file.
 
 ::
 
-    8 bytes   b"minipack"
+    8 bytes   b"minipack" or, of a saved prefix, b"miniprfx"
     4         version of this format, little-endian as all numbers
     4         length of the header
     32        sha256 of the header
@@ -32,6 +32,7 @@ from minipaged.model.safetensors_file import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_H
 from minipaged.model.slabs import map_file
 
 MAGIC = b"minipack"
+KINDS = {"packed model": MAGIC, "saved prefix": b"miniprfx"}
 VERSION = 1
 PREAMBLE = 64
 ALIGNMENT = 64
@@ -47,10 +48,13 @@ class PackedFile:
 
     Raises :class:`ModelNotFoundError` if there is no such file, :class:`ModelFormatError` if it is no
     packed file, of another version, truncated, or its header is damaged or lies.
+
+    ``kind`` is what it should be, by its first bytes.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, kind: str = "packed model"):
         self.path = path = Path(path)
+        self._kind = kind
         try:
             size = path.stat().st_size
             if size < PREAMBLE:
@@ -66,11 +70,11 @@ class PackedFile:
     def _read_header(self) -> tuple[dict, int]:
         """The header, and where it ends."""
         preamble = self._bytes[:PREAMBLE].tobytes()
-        if preamble[:8] != MAGIC:
-            raise self._bad("it is not a packed model")
+        if preamble[:8] != KINDS[self._kind]:
+            raise self._bad(f"it is not a {self._kind}")
         version = int.from_bytes(preamble[8:12], "little")
         if version != VERSION:
-            raise self._bad(f"it has version {version} of the format, not {VERSION}, which is read here; pack it again")
+            raise self._bad(f"it has version {version} of the format, not {VERSION}, which is read here; make it again")
         length = int.from_bytes(preamble[12:16], "little")
         if length > min(len(self._bytes) - PREAMBLE, MAX_HEADER_BYTES):
             raise self._bad(
@@ -126,25 +130,32 @@ def aligned(position: int) -> int:
     return -(-position // ALIGNMENT) * ALIGNMENT
 
 
-def is_packed(path: Path) -> bool:
-    """Whether a file calls itself a packed model."""
+def is_packed(path: Path, kind: str = "packed model") -> bool:
+    """Whether a file calls itself one of this kind."""
     with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+        return file.read(8) == KINDS[kind]
 
 
-def write(path: Path, header: Mapping, arrays: Mapping[str, np.ndarray], report: Report = lambda count: None) -> None:
-    """Write a packed model; it appears under ``path`` at once and complete, or not at all.
+def write(
+    path: Path,
+    header: Mapping,
+    arrays: Mapping[str, np.ndarray],
+    report: Report = lambda count: None,
+    kind: str = "packed model",
+) -> None:
+    """Write a file of this kind; it appears under ``path`` at once and complete, or not at all.
 
     ``header`` holds JSON's types only. Raises :class:`ConfigError` where the file cannot be written,
-    or something that is no packed model would be overwritten.
+    or a file of another kind would be overwritten.
     """
     entries = [[name, array.dtype.name, list(array.shape)] for name, array in arrays.items()]
     text = json.dumps({**header, "arrays": entries}, ensure_ascii=False, allow_nan=False).encode()
-    preamble = MAGIC + VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little") + hashlib.sha256(text).digest()
+    numbers = VERSION.to_bytes(4, "little") + len(text).to_bytes(4, "little")
+    preamble = KINDS[kind] + numbers + hashlib.sha256(text).digest()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not (path.is_file() and is_packed(path)):
-            raise ConfigError(f"{path} exists and is not a packed model; it is left alone. Choose another file.")
+        if path.exists() and not (path.is_file() and is_packed(path, kind)):
+            raise ConfigError(f"{path} exists and is not a {kind}; it is left alone. Choose another file.")
         with _replacing(path) as file:
             file.write(preamble.ljust(PREAMBLE, b"\0") + text)
             for array in arrays.values():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -103,3 +106,23 @@ class ModelWeights:
     final_norm: Norm
     layers: list[LayerWeights]
     positions: np.ndarray | None = None
+
+
+def digest(weights: ModelWeights) -> str:
+    """sha256, in hexadecimal, over the place, dtype, shape and bytes of every array."""
+    found = hashlib.sha256()
+    for name, array in _arrays(weights, ""):
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return found.hexdigest()
+
+
+def _arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(value, np.ndarray):
+        yield name, value
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _arrays(item, f"{name}.{index}")
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _arrays(getattr(value, field.name), f"{name}.{field.name}")

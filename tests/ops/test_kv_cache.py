@@ -43,3 +43,16 @@ def test_unused_blocks_cost_no_memory():
     cache.k[:, 17] = 1
     assert cache.nbytes == 512 * 2**20
     assert resident_bytes() - before < 64 * 2**20
+
+
+def test_blocks_are_read_and_written_whole():
+    rng = np.random.default_rng(0)
+    source, target = (KVCache(2, 5, 4, 3, 8) for _ in range(2))
+    for cache in (source.k, source.v):
+        cache[...] = rng.standard_normal(cache.shape)
+    content = source.read_blocks([3, 1])
+    assert content.shape == (2, source.block_bytes) and source.block_bytes * 5 == source.nbytes
+    target.write_blocks([0, 4], content)
+    for ours, theirs in ((target.k, source.k), (target.v, source.v)):
+        np.testing.assert_array_equal(ours[:, [0, 4]], theirs[:, [3, 1]])
+        assert not ours[:, 1:4].any()
