@@ -175,6 +175,10 @@ typedef struct minipaged_chunk {
  * (finished, MINIPAGED_FINISH_ABORT). */
 typedef int32_t (*minipaged_chunk_fn)(const minipaged_chunk *chunk, void *user_data);
 
+/* Called exactly once for a request that was submitted with it, after its last callback and when it has been
+ * freed, on the dispatcher thread or on the one that destroys the engine. May call nothing of this library. */
+typedef void (*minipaged_free_fn)(void *user_data);
+
 /* Called with each message of the library's log: see minipaged_set_log_callback. */
 typedef void (*minipaged_log_fn)(int32_t level, const char *message, void *user_data);
 
@@ -268,9 +272,10 @@ typedef struct minipaged_request_options {
     void *user_data;             /* given to callback */
     int32_t stream;              /* 1: output can be read token by token; a callback implies it; default 0 */
     int32_t auto_free;           /* 1: the request frees itself after its last callback */
+    minipaged_free_fn free_user_data; /* NULL, or called with user_data when it is not needed any more */
 } minipaged_request_options;
 
-#define MINIPAGED_REQUEST_OPTIONS_INIT { sizeof(minipaged_request_options), 0, NULL, NULL, NULL, 0, 0 }
+#define MINIPAGED_REQUEST_OPTIONS_INIT { sizeof(minipaged_request_options), 0, NULL, NULL, NULL, 0, 0, NULL }
 
 /* State of a request. Times are CLOCK_MONOTONIC nanoseconds, 0 if not reached. */
 typedef struct minipaged_request_info {
@@ -451,7 +456,7 @@ int32_t minipaged_submit_chat(minipaged_request *request, minipaged_engine *engi
  * that has ended is left as it is. Errors: ENGINE, FORKED, NOT_FOUND. */
 int32_t minipaged_cancel(minipaged_engine *engine, minipaged_request request);
 
-/* Wait until a request has ended. Returns MINIPAGED_OK (aborted requests too), MINIPAGED_TIMEOUT, or the
+/* Wait until a request has ended, and its last callback, if it has one, has returned. Returns MINIPAGED_OK (aborted requests too), MINIPAGED_TIMEOUT, or the
  * error that ended the request.
  *   timeout_ms  MINIPAGED_FOREVER, or 0 to only look. In step mode another thread has to step meanwhile.
  * Errors: ENGINE, FORKED, NOT_FOUND, BUSY (inside a callback), and every error a request can end with. */
@@ -473,8 +478,9 @@ int32_t minipaged_request_read(minipaged_engine *engine, minipaged_request reque
 /* The state of a request, at any time. Errors: ARGUMENT, STRUCT, ENGINE, FORKED, NOT_FOUND. */
 int32_t minipaged_request_poll(minipaged_engine *engine, minipaged_request request, minipaged_request_info *info);
 
-/* Give a request back; its number is dead then. One that has not ended is cancelled, and its callback is
- * not called again after this returns, unless it is running at that moment on another thread.
+/* Give a request back; its number is dead then. One that has not ended is cancelled. Its callback is not
+ * called again after this returns, but it may be running at that moment on the dispatcher thread:
+ * free_user_data tells when it is not.
  * Errors: ENGINE, FORKED, NOT_FOUND. */
 int32_t minipaged_request_free(minipaged_engine *engine, minipaged_request request);
 

@@ -107,6 +107,8 @@ static void call(mpx_engine *engine, mpx_request *request, scratch *copy)
     pthread_mutex_lock(&engine->lock);
     request->dispatching = 0;
     if (request->final_told) {
+        request->final_done = 1;
+        pthread_cond_broadcast(&request->changed);
         if (request->auto_free && !request->freed) {
             mpx_request_release(engine, request);
             return;
@@ -117,11 +119,29 @@ static void call(mpx_engine *engine, mpx_request *request, scratch *copy)
     mpx_request_collect(engine, request);
 }
 
+void mpx_destroy_dead(mpx_request *first)
+{
+    while (first) {
+        mpx_request *dead = first;
+        first = dead->hash_next;
+        mpx_callback_begins();
+        mpx_request_destroy(dead);
+        mpx_callback_ends();
+    }
+}
+
 static void run(mpx_engine *engine, scratch *copy)
 {
-    while (engine->calls.first) {
-        mpx_request *request = engine->calls.first;
+    while (engine->calls.first || engine->dead) {
+        mpx_request *request = engine->calls.first, *dead = engine->dead;
         int more;
+        if (dead) {
+            engine->dead = NULL;
+            pthread_mutex_unlock(&engine->lock);
+            mpx_destroy_dead(dead);
+            pthread_mutex_lock(&engine->lock);
+            continue;
+        }
         mpx_list_remove(&engine->calls, request);
         do { /* all choices with news, before another request's turn */
             uint64_t id = request->id;
@@ -155,7 +175,7 @@ static void *dispatcher(void *argument)
             pthread_mutex_unlock(&engine->lock);
             mpx_log_deliver();
             pthread_mutex_lock(&engine->lock);
-        } else if (engine->calls.first) {
+        } else if (engine->calls.first || engine->dead) {
             continue;
         } else if (engine->dispatcher_ends) {
             break;

@@ -103,6 +103,7 @@ void mpx_engine_put(mpx_engine *engine)
     pthread_mutex_unlock(&registry_lock);
     if (references)
         return;
+    mpx_destroy_dead(engine->dead);
     for (size_t i = 0; i < engine->num_buckets; i++)
         while (engine->buckets[i]) {
             mpx_request *request = engine->buckets[i];

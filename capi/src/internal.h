@@ -66,13 +66,15 @@ typedef struct mpx_request {
     int in_list;
     uint64_t id;
     pthread_cond_t changed;
-    int ended, freed, cancelled, final_told, dispatching, waiters;
+    int ended, freed, cancelled, waiters;
+    int dispatching, final_told, final_done; /* the last callback has begun, has returned */
     int32_t status;
     char *error;
     size_t error_size;
     minipaged_chunk_fn callback;
     void *user_data;
     int auto_free;
+    minipaged_free_fn free_user_data;
     minipaged_request_info info; /* times and counts */
     mpx_choice prompt;           /* only its log-probabilities */
     mpx_choice *choices;
@@ -98,6 +100,7 @@ typedef struct mpx_engine {
     uint64_t last_request;
     mpx_list calls; /* with news, and a callback */
     mpx_list ready; /* with news, and none */
+    mpx_request *dead; /* to be destroyed without the lock: they have user data to free */
     int closing, dispatcher_ends, has_dispatcher, stepping;
     pthread_t dispatcher;
 } mpx_engine;
@@ -114,7 +117,7 @@ void mpx_command_add(mpx_engine *engine, mpx_command *command);
 
 /* requests.c; all but mpx_request_new under the engine's lock */
 mpx_request *mpx_request_new(void);
-void mpx_request_destroy(mpx_request *request);
+void mpx_request_destroy(mpx_request *request); /* without a lock, if it has user data to free */
 int mpx_request_insert(mpx_engine *engine, mpx_request *request); /* gives it its id */
 mpx_request *mpx_request_find(mpx_engine *engine, uint64_t id);   /* freed ones too */
 mpx_request *mpx_request_get(mpx_engine *engine, uint64_t id);    /* the caller's; NULL with an error set */
@@ -132,6 +135,7 @@ void mpx_callback_begins(void);
 void mpx_callback_ends(void);
 int32_t mpx_fail_in_callback(const char *function);
 int32_t mpx_dispatcher_start(mpx_engine *engine);
+void mpx_destroy_dead(mpx_request *first);
 void mpx_dispatch(mpx_engine *engine); /* run the callbacks that are due, on this thread */
 
 /* log.c */

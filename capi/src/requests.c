@@ -28,6 +28,8 @@ void mpx_request_destroy(mpx_request *request)
     for (size_t i = 0; i < request->num_choices; i++)
         destroy_choice(&request->choices[i]);
     destroy_choice(&request->prompt);
+    if (request->free_user_data)
+        request->free_user_data(request->user_data);
     free(request->choices);
     free(request->error);
     pthread_cond_destroy(&request->changed);
@@ -103,7 +105,12 @@ void mpx_request_collect(mpx_engine *engine, mpx_request *request)
         ;
     *link = request->hash_next;
     engine->num_records--;
-    mpx_request_destroy(request);
+    if (request->free_user_data) { /* the caller's code: for the dispatcher, without a lock */
+        request->hash_next = engine->dead;
+        engine->dead = request;
+        pthread_cond_signal(&engine->calls_changed);
+    } else
+        mpx_request_destroy(request);
 }
 
 /* ---- news ---- */

@@ -42,8 +42,13 @@ static int32_t ending(const mpx_request *request)
                          request->error ? request->error_size : 14);
 }
 
-/* Let the engine's lock go until `request` may have changed. MINIPAGED_OK: look again. If the request was
- * freed meanwhile it may be gone after this returns anything else. */
+static int settled(const mpx_request *request)
+{
+    return request->ended && (!request->callback || request->final_done);
+}
+
+/* Let the engine's lock go until `request` may have changed. MINIPAGED_OK: look again. After anything else the
+ * record may be gone; MINIPAGED_DONE: it ended well and freed itself. */
 static int32_t await(mpx_engine *engine, mpx_request *request, int64_t timeout_ms, const struct timespec *deadline)
 {
     int in_time;
@@ -52,9 +57,12 @@ static int32_t await(mpx_engine *engine, mpx_request *request, int64_t timeout_m
     request->waiters++;
     in_time = wait_on(&request->changed, &engine->lock, timeout_ms, deadline);
     request->waiters--;
-    if (request->freed) {
+    if (request->freed) { /* by another thread; or by itself, after its last callback */
+        int32_t status = settled(request) ? ending(request) : MINIPAGED_ERROR_NOT_FOUND;
+        if (!settled(request))
+            mpx_fail(status, "the request was freed by another thread meanwhile.");
         mpx_request_collect(engine, request);
-        return mpx_fail(MINIPAGED_ERROR_NOT_FOUND, "the request was freed by another thread meanwhile.");
+        return status ? status : MINIPAGED_DONE;
     }
     return in_time ? MINIPAGED_OK : MINIPAGED_TIMEOUT;
 }
@@ -69,9 +77,9 @@ MPX_EXPORT int32_t minipaged_wait(minipaged_engine *handle, minipaged_request id
         return mpx_fail_in_callback("minipaged_wait");
     if ((status = enter(&engine, handle, &request, id)))
         return status;
-    while (!request->ended)
+    while (!settled(request))
         if ((status = await(engine, request, timeout_ms, &deadline)))
-            return leave(engine, status);
+            return leave(engine, status == MINIPAGED_DONE ? MINIPAGED_OK : status);
     return leave(engine, ending(request));
 }
 

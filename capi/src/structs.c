@@ -44,7 +44,7 @@ static const field sampling_fields[] = {
 };
 
 static const field request_fields[] = {R(struct_size), R(priority), R(cache_salt), R(callback),
-                                       R(user_data), R(stream), R(auto_free)};
+                                       R(user_data), R(stream), R(auto_free), R(free_user_data)};
 
 /* ---- versions ---- */
 

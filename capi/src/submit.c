@@ -58,6 +58,7 @@ static int32_t enqueue(minipaged_request *id, minipaged_engine *handle, mpx_comm
     request->callback = options->callback;
     request->user_data = options->user_data;
     request->auto_free = options->auto_free;
+    request->free_user_data = options->free_user_data;
     request->info.submitted_ns = mpx_now_ns();
     command->priority = options->priority;
     command->stream = options->stream || options->callback;
@@ -68,6 +69,7 @@ static int32_t enqueue(minipaged_request *id, minipaged_engine *handle, mpx_comm
         mpx_command_add(engine, command);
     } else {
         status = mpx_fail(MINIPAGED_ERROR_ENGINE, "this engine is being destroyed.");
+        request->free_user_data = NULL; /* the caller's still */
         mpx_request_destroy(request);
     }
     pthread_mutex_unlock(&engine->lock);
