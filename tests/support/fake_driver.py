@@ -1,12 +1,12 @@
-"""A CUDA driver that computes nothing: the real ``cuda.bindings`` calls it, and it checks and remembers.
+"""A CUDA driver without a card: the real ``cuda.bindings`` calls it, and it checks, remembers and interprets.
 
 ``cuda.bindings`` finds every driver function by asking ``libcuda.so.1`` for it. :func:`install` puts a library of
 that name into this process, which asks Python instead, so the functions of :class:`FakeDriver` are the driver.
 What a real one punishes is refused here too: a call from a thread without the context, addresses that were never
 allocated, copies of more than an allocation has, and anything but launches while a stream is captured.
 
-Device memory is host memory. A launch is noted in ``launches``; with ``execute`` set, that function is called
-with it, and may compute on the memory (the PTX interpreter does).
+Device memory is the PTX interpreter's, and with ``interpret`` it runs the launches, which are noted in
+``launches`` in any case: the whole path to a card is walked, up to the card.
 """
 
 from __future__ import annotations
@@ -15,13 +15,25 @@ import ctypes
 import re
 import subprocess
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-SHIM = """
+import numpy as np
+
+from cuda_kernels.toolchain.interpreter import launch
+from cuda_kernels.toolchain.memory import DeviceMemory
+
+SHIM = r"""
 static void *(*find)(const char *);
 void set_find(void *(*function)(const char *)) { find = function; }
+#define FORWARD(name, parameters, arguments) \
+    int name parameters { return ((int (*) parameters)find(#name)) arguments; }
+FORWARD(cuInit, (unsigned flags), (flags))
+FORWARD(cuDriverGetVersion, (int *version), (version))
+FORWARD(cuDeviceGetCount, (int *count), (count))
+FORWARD(cuDeviceGet, (int *device, int number), (device, number))
+FORWARD(cuDeviceGetName, (char *name, int size, int device), (name, size, device))
+FORWARD(cuDeviceGetAttribute, (int *value, int attribute, int device), (value, attribute, device))
 int cuGetProcAddress_v2(const char *name, void **function, int version, unsigned long flags, int *status) {
     *function = find(name);
     if (status) *status = *function ? 0 : 1;
@@ -62,10 +74,11 @@ class Launched:
 class FakeDriver:
     """Its state, and one method for each driver function, with pointers as addresses."""
 
-    def __init__(self, capability=(8, 0), version=13000, total_memory=1 << 30, num_devices=1):
+    def __init__(self, capability=(8, 0), version=13000, total_memory=1 << 30, num_devices=1, interpret=False):
         self.capability, self.version, self.num_devices = capability, version, num_devices
-        self.total_memory = total_memory
-        self.allocations: dict[int, ctypes.Array] = {}
+        self.total_memory, self.interpret = total_memory, interpret
+        self.memory = DeviceMemory()
+        self.allocations: dict[int, int] = {}
         self.host_memory: dict[int, ctypes.Array] = {}
         self.modules: dict[int, str] = {}
         self.functions: dict[int, tuple[str, str]] = {}
@@ -77,7 +90,6 @@ class FakeDriver:
         self.copies: list[tuple[str, int]] = []
         self.fail_next: int | None = None
         self.retained = 0
-        self.execute: Callable[[Launched], None] | None = None
         self.current = threading.local()
         self._handles = iter(range(0x1000, 1 << 30, 16))
         self._keep: list = []
@@ -136,17 +148,15 @@ class FakeDriver:
         require(size > 0)
         if size > self._free_bytes():
             raise DriverFailure(OUT_OF_MEMORY)
-        memory = (ctypes.c_uint8 * (size + 256))()
-        ctypes.memset(memory, 0xFF, size + 256)  # NaN, and no valid index
-        address = -(-ctypes.addressof(memory) // 256) * 256
-        self.allocations[address] = memory
-        memory.size = size
+        address = self.memory.allocate(size)
+        self.allocations[address] = size
         write(out, U64, address)
 
     def cuMemFree(self, address: U64):
         self._need_context()
         require(address in self.allocations)
         del self.allocations[address]
+        self.memory.free(address)
 
     def cuMemGetInfo(self, free: P, total: P):
         self._need_context()
@@ -164,33 +174,27 @@ class FakeDriver:
         del self.host_memory[address]
 
     def cuMemcpyHtoDAsync(self, target: U64, source: P, size: S, stream: P):
-        self._copy("upload", target, target, source, size)
+        self._need_range(target, size)
+        self.copies.append(("upload", size))
+        self.memory.write(target, np.frombuffer(ctypes.string_at(source, size), np.uint8))
 
     def cuMemcpyDtoHAsync(self, target: P, source: U64, size: S, stream: P):
-        self._copy("download", source, target, source, size)
+        self._need_range(source, size)
+        self.copies.append(("download", size))
+        ctypes.memmove(target, self.memory.read(source, size, np.uint8).tobytes(), size)
 
     def cuMemsetD8Async(self, address: U64, value: BYTE, size: S, stream: P):
+        self._need_range(address, size)
+        self.memory.fill(address, size, value)
+
+    def _need_range(self, address: int, size: int):
+        """All of these bytes lie in one allocation, and this is no time of capturing."""
         self._need_context()
         self._not_capturing()
-        require(self.allocation_of(address, size) is not None)
-        ctypes.memset(address, value, size)
-
-    def _copy(self, kind, device_address, target, source, size):
-        self._need_context()
-        self._not_capturing()
-        require(self.allocation_of(device_address, size) is not None)
-        self.copies.append((kind, size))
-        ctypes.memmove(target, source, size)
-
-    def allocation_of(self, address: int, size: int = 1) -> tuple[int, int] | None:
-        """Start and size of the allocation that holds these bytes."""
-        for start, memory in self.allocations.items():
-            if start <= address and address + size <= start + memory.size:
-                return start, memory.size
-        return None
+        require(any(start <= address and address + size <= start + n for start, n in self.allocations.items()))
 
     def _free_bytes(self) -> int:
-        return self.total_memory - sum(memory.size for memory in self.allocations.values())
+        return self.total_memory - sum(self.allocations.values())
 
     # -- kernels and graphs -----------------------------------------------------------------------
 
@@ -233,7 +237,7 @@ class FakeDriver:
         require(0 < gx < 2**31 and 0 < gy < 65536 and 0 < gz < 65536 and 0 < bx * by * bz <= 1024)
         require(shared <= max(48 * 1024, self.dynamic_shared.get(function, 0)))
         ptx, entry = self.functions[function]
-        count = len(re.findall(r"\.param\s", re.search(rf"\.entry\s+{entry}\s*\((.*?)\)", ptx, re.S).group(1)))
+        count = _parameters(ptx, entry).count(".param")
         addresses = (P * count).from_address(arguments) if count else []
         values = [U64.from_address(address).value for address in addresses]
         launched = Launched(ptx, entry, (gx, gy, gz), (bx, by, bz), shared, values)
@@ -244,8 +248,16 @@ class FakeDriver:
 
     def _start(self, launched: Launched):
         self.launches.append(launched)
-        if self.execute is not None:
-            self.execute(launched)
+        if self.interpret:
+            kinds = re.findall(r"\.param\s+\.(?:align\s+\d+\s+\.)?(\w+)", _parameters(launched.ptx, launched.entry))
+            values = [
+                np.uint32(value & 0xFFFFFFFF).view(np.float32) if kind == "f32" else value
+                for kind, value in zip(kinds, launched.values, strict=True)
+            ]
+            launch(
+                launched.ptx, launched.entry, launched.grid, launched.block, values, launched.shared_bytes,
+                memory=self.memory,
+            )  # fmt: skip
 
     def cuStreamBeginCapture(self, stream: P, mode: I):
         self._need_context()
@@ -299,6 +311,10 @@ class FakeDriver:
     def _not_capturing(self):
         if self.capturing is not None:
             raise DriverFailure(UNSUPPORTED_IN_CAPTURE)
+
+
+def _parameters(ptx: str, entry: str) -> str:
+    return re.search(rf"\.entry\s+{re.escape(entry)}\s*\((.*?)\)", ptx, re.S).group(1)
 
 
 def write(address: int, kind, value) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 
 from cuda_kernels.kernel import Kernel
 from cuda_kernels.toolchain.compile import compile_ptx
-from cuda_kernels.toolchain.interpreter import launch
-from cuda_kernels.toolchain.memory import DeviceMemory
+from cuda_kernels.toolchain.interpreter import KernelFault, PTXError, launch
+from cuda_kernels.toolchain.memory import DeviceMemory, DeviceMemoryError
 from minipaged.errors import DeviceError, OutOfDeviceMemoryError
 
 from .device import Call, scalar_type
@@ -89,7 +89,7 @@ class EmulatedDevice:
                     checks=self.checks,
                     memory=self._memory,
                 )
-            except Exception as error:
+            except (KernelFault, PTXError, DeviceMemoryError) as error:
                 raise DeviceError(f"kernel {kernel.entry} on the {self.name}: {error}") from error
 
     def record(self, calls: Sequence[Call]) -> _Recording:

@@ -6,6 +6,7 @@ The driver is reached by ``cuda.bindings.driver``, whose functions are those of 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Sequence
@@ -22,26 +23,29 @@ STATIC_SHARED_LIMIT = 48 * 1024  # bytes of shared memory a block; for more, a k
 
 
 class HardwareDevice:
-    """The card with this number, as the driver counts them (see :class:`~minipaged.ops.cuda.device.Device`)."""
+    """The card with this number, as the driver counts them (see :class:`~minipaged.ops.cuda.device.Device`).
+
+    ``target``: compile for this older compute capability; ``None``: for the card's own.
+    """
 
     emulated = False
 
-    def __init__(self, number: int = 0):
+    def __init__(self, number: int = 0, target: tuple[int, int] | None = None):
         from cuda.bindings import driver
 
         self._api = driver
         self._thread: int | None = None
         self._context = None
         self._functions: dict[int, tuple[Kernel, object]] = {}
-        self._modules: list = []
-        self._host_memory: list = []
+        self._allocations: set[int] = set()
+        self._to_destroy: list[tuple[str, object]] = []  # driver function, handle
         self.num_launches = 0
         self._call("cuInit", 0)
         device = self._call("cuDeviceGet", number)
         attribute = driver.CUdevice_attribute
         major = self._call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         minor = self._call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-        self.compute_capability = (major, minor)
+        self.compute_capability = target or (major, minor)
         self.name = self._call("cuDeviceGetName", 256, device).split(b"\0")[0].decode(errors="replace")
         self._device = device
         self._context = self._call("cuDevicePrimaryCtxRetain", device)
@@ -50,10 +54,13 @@ class HardwareDevice:
     # -- memory -----------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> int:
-        return int(self._call("cuMemAlloc", nbytes))
+        address = int(self._call("cuMemAlloc", nbytes))
+        self._allocations.add(address)
+        return address
 
     def free(self, address: int) -> None:
         self._call("cuMemFree", address)
+        self._allocations.remove(address)
 
     def memory(self) -> tuple[int, int]:
         free, total = self._call("cuMemGetInfo")
@@ -61,7 +68,7 @@ class HardwareDevice:
 
     def host_array(self, nbytes: int) -> np.ndarray:
         address = int(self._call("cuMemHostAlloc", nbytes, 0))
-        self._host_memory.append(address)
+        self._to_destroy.append(("cuMemFreeHost", address))
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))
 
     def upload(self, address: int, source: np.ndarray) -> None:
@@ -96,7 +103,7 @@ class HardwareDevice:
         except DeviceError as error:
             said = bytes(log).split(b"\0")[0].decode(errors="replace").strip()
             raise DeviceError(f"kernel {entry} could not be loaded: {error} {said}".strip()) from None
-        self._modules.append(module)
+        self._to_destroy.append(("cuModuleUnload", module))
         return module
 
     def run(self, calls: Sequence[Call]) -> None:
@@ -114,8 +121,8 @@ class HardwareDevice:
             )
         self.num_launches += len(calls)
 
-    def record(self, calls: Sequence[Call]) -> Graph:
-        return Graph(self, calls)
+    def record(self, calls: Sequence[Call]) -> _Graph:
+        return _Graph(self, calls)
 
     def synchronize(self) -> None:
         self._call("cuStreamSynchronize", self._stream)
@@ -123,12 +130,13 @@ class HardwareDevice:
     def close(self) -> None:
         if self._context is None:
             return
-        self.synchronize()
-        for module in self._modules:
-            self._call("cuModuleUnload", module)
-        for address in self._host_memory:
-            self._call("cuMemFreeHost", address)
-        self._call("cuStreamDestroy", self._stream)
+        cleanup = [("cuStreamSynchronize", self._stream)]
+        cleanup += [("cuMemFree", address) for address in self._allocations]
+        cleanup += reversed(self._to_destroy)
+        cleanup.append(("cuStreamDestroy", self._stream))
+        for function, handle in cleanup:
+            with contextlib.suppress(DeviceError):  # after a fault of a kernel everything fails, and all is lost anyway
+                self._call(function, handle)
         self._context = None
         self._call("cuDevicePrimaryCtxRelease", self._device)
 
@@ -158,7 +166,7 @@ class HardwareDevice:
         return DeviceError(f"{function} failed on {getattr(self, 'name', 'the CUDA device')}: {name} ({text}).")
 
 
-class Graph:
+class _Graph:
     """Launches that were captured from the stream once, and are repeated by one call."""
 
     def __init__(self, device: HardwareDevice, calls: Sequence[Call]):
@@ -172,6 +180,7 @@ class Graph:
         device.num_launches -= len(calls)  # they were noted down, not started
         self._executable = call("cuGraphInstantiate", graph, 0)
         call("cuGraphDestroy", graph)
+        device._to_destroy.append(("cuGraphExecDestroy", self._executable))
 
     def launch(self) -> None:
         """Start all kernels, in their order."""
