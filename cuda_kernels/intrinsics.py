@@ -30,10 +30,12 @@ def _element_address(context, builder, pointer_type, pointer, index) -> ir.Value
 
 def _shared_address(context, builder, pointer_type, pointer, index) -> ir.Value:
     """The 32-bit address of element ``index`` inside the window of shared memory."""
-    generic = _element_address(context, builder, pointer_type, pointer, index)
-    i64_ir = ir.IntType(64)
-    convert = ir.InlineAsm(ir.FunctionType(i64_ir, [i64_ir]), "cvta.to.shared.u64 $0, $1;", "=l,l")
-    return builder.trunc(builder.call(convert, [generic]), ir.IntType(32))
+    if isinstance(pointer_type, types.Array):
+        pointer = context.make_array(pointer_type)(context, builder, value=pointer).data
+    element = builder.gep(pointer, [index])
+    if element.type.addrspace != 3:
+        element = builder.addrspacecast(element, ir.PointerType(element.type.pointee, 3))
+    return builder.ptrtoint(element, ir.IntType(32))
 
 
 def _assembly(context, builder, text, results, operands, constraints, pure=False):

@@ -1,14 +1,15 @@
 """How weights lie in a card's memory, and how float32 rows become that; NumPy only.
 
 Two layouts. *Rows* is what :mod:`~cuda_kernels.product_plain` reads: row after row, as drawn there.
-*Fragments* is what the tensor cores of :mod:`~cuda_kernels.product` read: the 16 bytes that one lane needs
-next lie together, the 32 lanes' 16 bytes one after the other, so that a warp's load is one run of 512 bytes::
+*Fragments* is what the tensor cores of :mod:`~cuda_kernels.product` read: a weight is cut into panels of 64
+rows, a panel into chunks of 32 columns, and in a chunk lies what a warp's 32 lanes load, 16 bytes each, as
+runs of 512 bytes::
 
-    format     data                              16 bytes of a lane
-    float16    [N/16][K/32][2][32][8] uint16     the fragment A of one m16n8k16 product: 16 rows, 16 columns
-    bfloat16   the same                          the same
-    int8       [N/16][K/32][32][16]   uint8      16 rows, 32 columns: two fragments, q + 128
-    int4       [N/32][K/32][32][16]   uint8      32 rows, 32 columns: four fragments, two q a byte
+    format     data                                16 bytes of a lane
+    float16    [N/64][K/32][4][2][32][8] uint16    the fragment A of one m16n8k16 product: 16 rows, 16 columns
+    bfloat16   the same                            the same
+    int8       [N/64][K/32][4][32][16]   uint8     16 rows, 32 columns: two fragments, q + 128
+    int4       [N/64][K/32][2][32][16]   uint8     32 rows, 32 columns: four fragments, two q a byte
 
 With g = lane / 4 and t = lane % 4 a fragment is four pairs of neighbouring columns::
 
@@ -20,9 +21,10 @@ columns 16-31, then rows 16-31): pair i has its first q in bits 4i, its second i
 ``word >> 4i & 0x000F000F`` is the pair.
 
     scales   int8   [N] float32                 weight = scale * q, q in -127..127
-             int4   [N/32][K/32][32] float16    weight = scale * (q - 8), q in 0..15; entry 4g + j is row 8j + g
+             int4   [N/64][K/32][64] float16    weight = scale * (q - 8), q in 0..15
+                                                entry 32p + 4g + j is row 32p + 8j + g of the panel
 
-N is padded with zero rows to a multiple of 16 (int4: 32), K with zero columns to one of 32.
+N is padded with zero rows to whole panels, K with zero columns to whole chunks.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from dataclasses import dataclass
 import numpy as np
 
 FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")
+PANEL = 64  # rows
 TILE_ROWS = 16  # of one fragment
 CHUNK = 32  # columns that are padded to, and that share a scale in int4
 _LANES = np.arange(32)
@@ -50,11 +53,6 @@ class Packed:
     @property
     def nbytes(self) -> int:
         return self.data.nbytes + self.scales.nbytes
-
-
-def rows_multiple(format: str) -> int:
-    """What the number of rows is padded to in fragments; rows may be packed in slabs of a multiple of it."""
-    return 32 if format == "int4" else TILE_ROWS
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -97,9 +95,9 @@ def quantise_int4(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def interleave_gated(rows: np.ndarray) -> np.ndarray:
     """``[2 I, K]``, the gate's half first, in the order of a gated product: 16 rows of the gate, 16 of the other.
 
-    Each half is padded with zero rows to a multiple of 16.
+    Each half is padded with zero rows to half a panel's multiple.
     """
-    halves = _pad(rows.reshape(2, -1, rows.shape[1]), 1, TILE_ROWS)
+    halves = _pad(rows.reshape(2, -1, rows.shape[1]), 1, PANEL // 2)
     tiles = halves.reshape(2, -1, TILE_ROWS, rows.shape[1])
     return np.ascontiguousarray(tiles.swapaxes(0, 1)).reshape(-1, rows.shape[1])
 
@@ -122,31 +120,28 @@ def pack_rows(format: str, weight: np.ndarray) -> Packed:
 def pack_fragments(format: str, weight: np.ndarray) -> Packed:
     """float32 ``weight [N, K]`` for :mod:`~cuda_kernels.product`: float16, bfloat16, int8 or int4.
 
-    Slabs of :func:`rows_multiple` rows may be packed one by one and put one after the other.
+    Slabs of a multiple of 64 rows may be packed one by one and put one after the other.
     """
     num_rows, num_columns = weight.shape
-    weight = _pad(np.asarray(weight, np.float32), 0, rows_multiple(format))
+    weight = _pad(np.asarray(weight, np.float32), 0, PANEL)
+    panels, chunks = len(weight) // PANEL, -(-num_columns // CHUNK)
     scales = np.empty(0, np.float32)
     if format == "int8":
         q, scales = quantise_int8(weight)
         biased = (q.astype(np.int16) + 128).astype(np.uint8)
-        pairs = _fragments(_pad(biased, 1, CHUNK, 128))  # [tile][k16][lane][4][2]
-        tiles, steps = pairs.shape[:2]
-        data = pairs.reshape(tiles, steps // 2, 2, 32, 8).transpose(0, 1, 3, 2, 4).reshape(tiles, -1, 32, 16)
+        pairs = _fragments(_pad(biased, 1, CHUNK, 128)).reshape(panels, 4, chunks, 2, 32, 8)
+        data = pairs.transpose(0, 2, 1, 4, 3, 5).reshape(panels, chunks, 4, 32, 16)
     elif format == "int4":
         q, scale = quantise_int4(weight)
-        pairs = _fragments(q).astype(np.uint32)
         shifts = (4 * np.arange(4)[:, None] + 16 * np.arange(2)).astype(np.uint32)
-        words = np.bitwise_or.reduce(pairs << shifts, axis=(-2, -1))  # [tile][k16][lane]
-        panels, steps = words.shape[0] // 2, words.shape[1]
-        words = words.reshape(panels, 2, steps // 2, 2, 32).transpose(0, 2, 4, 1, 3)  # [panel][k32][lane][tile][k16]
-        data = np.ascontiguousarray(words).view(np.uint8).reshape(panels, steps // 2, 32, 16)
-        scale = scale.reshape(panels, 4, 8, -1).transpose(0, 3, 2, 1)  # [panel][k32][g][j]
-        scales = np.ascontiguousarray(scale).reshape(panels, -1, 32).view(np.uint16)
+        words = np.bitwise_or.reduce(_fragments(q).astype(np.uint32) << shifts, axis=(-2, -1))
+        words = words.reshape(panels, 2, 2, chunks, 2, 32).transpose(0, 3, 1, 5, 2, 4)  # ..[lane][tile][step]
+        data = np.ascontiguousarray(words).view(np.uint8).reshape(panels, chunks, 2, 32, 16)
+        scale = scale.reshape(panels, 2, 4, 8, chunks).transpose(0, 4, 1, 3, 2)  # [panel][chunk][p][g][j]
+        scales = np.ascontiguousarray(scale).reshape(panels, chunks, PANEL).view(np.uint16)
     elif format in ("float16", "bfloat16"):
-        pairs = _fragments(_pad(to_bits(format, weight), 1, CHUNK))
-        tiles, steps = pairs.shape[:2]
-        data = pairs.reshape(tiles, steps // 2, 2, 32, 8)
+        pairs = _fragments(_pad(to_bits(format, weight), 1, CHUNK)).reshape(panels, 4, chunks, 2, 32, 8)
+        data = pairs.transpose(0, 2, 1, 3, 4, 5)
     else:
         raise ValueError(f"no fragments of {format!r}; there are float16, bfloat16, int8 and int4")
     return Packed(format, num_rows, num_columns, np.ascontiguousarray(data), scales)
