@@ -24,13 +24,16 @@ class DeviceMemoryError(Exception):
 
 @dataclass
 class Allocation:
-    """``data``: uint8 [num_bytes]; ``written``: bool [num_bytes], or None once all of it has been written."""
+    """``data``: uint8 [num_bytes]; ``written``: bool [num_bytes], or None once all of it has been written.
+
+    ``shadow`` is there while a launch may write the allocation, for the check of races.
+    """
 
     number: int
     name: str
     data: np.ndarray
     written: np.ndarray | None
-    read_only: bool = False
+    shadow: object = None
 
     @property
     def pointer(self) -> int:
