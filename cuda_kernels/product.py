@@ -27,7 +27,8 @@ warps share K, 32 columns in turn::
     row r of x in shared memory:   piece 0 | piece 1 | piece 2 | piece 3     16 bytes each
       piece p lies at p ^ (r / 2 % 4), so the 8 rows of a matrix lie in 8 different groups of 4 banks
 
-At the end the warps' sums are added in shared memory: warp 0's, then warp 1's, 2's and 3's. So an output is a sum in one order, whatever M and the tiles are.
+At the end the warps' sums are added in shared memory: warp 0's, then warp 1's, 2's and 3's. So an output is a
+sum in one order, whatever M and the tiles are.
 
 int8 and int4 become float16 or bfloat16 in registers, which holds them exactly; the scale multiplies sums:
 int8 the last one, int4 that of each chunk.
@@ -68,6 +69,7 @@ WARP = 32
 WARPS = 4
 CHUNK = 32  # columns of K that a warp takes at once
 ROW_WORDS = CHUNK // 2  # 32-bit words of a chunk of one row of x
+BLOCKS = 256  # about two for each multiprocessor of a large card
 STAGES = 3  # chunks of x in shared memory: one in use, two on their way
 
 
@@ -88,8 +90,7 @@ def build(
 ) -> Kernel:
     """``product(x, weight, scales, bias, expert_starts, rows, out, num_tokens, num_outputs, width)``.
 
-    ``num_outputs`` counts the columns of ``out``. ``cc``: of the card. ``row_tiles`` is even for int4 and where
-    ``gated``. ``experts``: see :mod:`~cuda_kernels.product_plain`; each expert's rows are padded by themselves.
+    ``num_outputs`` counts the columns of ``out``. ``cc``: of the card. ``row_tiles`` is 2, 4 or 8. ``experts``: see :mod:`~cuda_kernels.product_plain`; each expert's rows are padded by themselves.
     """
     reads = fragment_reader(weight, x, row_tiles)
     read, fragment, chunk_scale = reads.read, reads.fragment, reads.chunk_scale
@@ -311,12 +312,16 @@ def launch_dims(
     return (-(-num_outputs // columns), -(-num_tokens // tokens), num_experts), (WARPS * WARP, 1, 1)
 
 
-def choose_tiles(num_tokens: int) -> tuple[int, int]:
-    """row_tiles and token_tiles for ``num_tokens`` rows; whichever is chosen, the result's bits are the same.
+def choose_tiles(num_tokens: int, num_outputs: int, weight: str) -> tuple[int, int]:
+    """row_tiles and token_tiles; whichever are chosen, the result has the same bits.
 
-    Few tokens: the weight's bytes decide, so many small blocks keep many loads on their way. Many tokens: a
-    bigger tile loads less for each multiplication.
+    Few tokens: the weight's bytes decide, and each block reads x besides, so a block takes as many rows as leave
+    ``BLOCKS`` blocks, whose loads hide each other's latency. Many tokens: a bigger tile loads less for each
+    multiplication.
     """
-    if num_tokens <= 8:
-        return 2, 1
-    return (2, 2) if num_tokens <= 16 else (4, 4)
+    if num_tokens > 16:
+        return 4, 4
+    token_tiles = 1 if num_tokens <= 8 else 2
+    largest = {"int4": 8, "int8": 4}.get(weight, 2)
+    row_tiles = largest // token_tiles if token_tiles * 16 * BLOCKS * largest <= num_outputs else 2
+    return max(2, row_tiles), token_tiles
