@@ -47,6 +47,7 @@ class Runner:
         max_model_len: int,
         max_num_tokens: int,
         num_threads: int | None = None,
+        num_host_blocks: int = 0,
     ):
         sizes = {"num_blocks": num_blocks, "block_size": block_size, "max_model_len": max_model_len}
         if backend.name == "cpu":
@@ -57,6 +58,8 @@ class Runner:
             parts = _build_reference(model, num_threads=num_threads, **sizes)
         self.decoder, self.kv_cache, self.weight_bytes, self.embedding_bytes = parts
         self.block_size = block_size
+        # The operating system provides the memory page by page as blocks are first swapped out.
+        self._host_blocks = np.empty((num_host_blocks, self.kv_cache.block_bytes if num_host_blocks else 0), np.uint8)
 
     @cached_property
     def weights_digest(self) -> str:
@@ -66,6 +69,15 @@ class Runner:
     def close(self) -> None:
         """End the threads of the backend. Closing twice is harmless."""
         self.decoder.close()
+
+    def swap(self, plan: SchedulerOutput) -> None:
+        """Carry out the plan's swaps, before :meth:`execute`, whether anything is scheduled or not."""
+        if plan.swap_out:
+            block_ids, host_ids = map(list, zip(*plan.swap_out, strict=True))
+            self._host_blocks[host_ids] = self.kv_cache.read_blocks(block_ids)
+        if plan.swap_in:
+            host_ids, block_ids = map(list, zip(*plan.swap_in, strict=True))
+            self.kv_cache.write_blocks(block_ids, self._host_blocks[host_ids])
 
     def execute(self, plan: SchedulerOutput, prompt_wanted: dict[str, int] | None = None) -> StepLogits:
         """Carry out the plan's block copies, then its forward pass.

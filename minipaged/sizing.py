@@ -72,6 +72,24 @@ def resolve_num_blocks(
     return max(1, min(budget // block_bytes, useful))
 
 
+def resolve_num_host_blocks(config: EngineConfig, block_bytes: int) -> int:
+    """Blocks of host memory that ``swap_space`` holds.
+
+    Raises :class:`ConfigError` if that is less than one, or more memory than is free.
+    """
+    if config.swap_space == 0:
+        return 0
+    if config.swap_space < block_bytes:
+        raise ConfigError(
+            f"swap_space is {config.swap_space:,} bytes, but one block of {config.block_size} tokens takes "
+            f"{block_bytes:,} bytes; raise it, or set 0 for none."
+        )
+    available = available_memory()
+    if available is not None and config.swap_space > available:
+        raise ConfigError(f"swap_space is {config.swap_space:,} bytes, but {available:,} bytes are free; lower it.")
+    return config.swap_space // block_bytes
+
+
 def available_memory() -> int | None:
     """Bytes that this process may still take (the machine's and the control group's), if known."""
     found = [limit for limit in (_free_memory(), _cgroup_memory()) if limit is not None]

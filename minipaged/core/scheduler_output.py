@@ -18,6 +18,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int
     enable_prefix_caching: bool = True
     policy: str = "fcfs"
+    num_host_blocks: int = 0
 
     def __post_init__(self):
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -54,11 +55,15 @@ class SchedulerOutput:
         scheduled: sequences with one token first, then those with more.
         copies: ``(source, destination)`` block ids, to be copied in this order before the forward
             pass. A source may become a destination later in the list, never the other way round.
+        swap_out: ``(block id, host block id)`` to be copied to host memory before all else.
+        swap_in: ``(host block id, block id)`` to be copied back next, before ``copies``.
         preempted: request ids that lost their blocks in this step.
         num_tokens: tokens of all sequences together.
     """
 
     scheduled: list[ScheduledSequence] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
+    swap_out: list[tuple[int, int]] = field(default_factory=list)
+    swap_in: list[tuple[int, int]] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     num_tokens: int = 0
