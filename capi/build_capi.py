@@ -147,16 +147,16 @@ def compile_library(library: Path, cflags: list[str]) -> None:
             f"-I{CAPI / 'src'}",
             f'-DMINIPAGED_PACKAGE_VERSION="{package_version()}"',
             f'-DMINIPAGED_PYTHON_EXECUTABLE="{sys.executable}"',
-            *cflags,
         ]
         objects = []
         for source in [*sorted((CAPI / "src").glob("*.c")), generated]:
             target = work / (source.stem + ".o")
-            flags = GENERATED_FLAGS if source is generated else FLAGS
+            # What cffi generates is the interpreter's world, which a sanitizer does not see through.
+            flags = GENERATED_FLAGS if source is generated else [*FLAGS, *cflags]
             run([*cc, *flags, *common, "-c", str(source), "-o", str(target)])
             objects.append(str(target))
         library.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = library.with_name(library.name + ".new")
+        unfinished = library.with_name(f"{library.name}.{os.getpid()}")
         # nodelete: the interpreter outlives any dlclose. A sanitizer's own symbols are found at run time.
         defined = [] if any("-fsanitize" in flag for flag in cflags) else ["-Wl,-z,defs"]
         run(

@@ -185,7 +185,6 @@ static void *dispatcher(void *argument)
     }
     pthread_mutex_unlock(&engine->lock);
     free(copy.data);
-    mpx_engine_put(engine);
     return NULL;
 }
 

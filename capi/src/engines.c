@@ -42,8 +42,7 @@ int32_t mpx_engine_new(mpx_engine **engine, int32_t mode)
 void mpx_engine_publish(mpx_engine *engine)
 {
     pthread_mutex_lock(&registry_lock);
-    engine->references++;
-    engine->registry_next = registry;
+    engine->registry_next = registry; /* with the reference of its creator */
     registry = engine;
     pthread_mutex_unlock(&registry_lock);
 }
