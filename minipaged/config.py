@@ -18,6 +18,7 @@ DEVICES = ("auto", "reference", "cpu", "cuda")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QUANTIZATIONS = (None, "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
+EARLY_STOPPING = (True, False, "never")
 POLICIES = ("fcfs", "priority", "static")
 MAX_BLOCK_SIZE = 256
 MAX_TOKEN_ID = 2**31 - 1
@@ -156,7 +157,8 @@ class EngineConfig:
             ``"reference"``: what BLAS chooses).
         seed: seed of requests that bring none.
         speculative_model: reserved for speculative decoding; refused where it is not available.
-        swap_space: bytes of host memory for preempted KV; refused where it is not available.
+        swap_space: bytes of host memory for the KV of preempted requests, which are swapped where
+            that is cheaper than computing it again; 0: always compute again.
         check_integrity: verify the laws of the block pool after every step (slow; for tests).
     """
 
@@ -208,6 +210,11 @@ class EngineConfig:
         _check_int(err, "num_threads", self.num_threads, 1, 1024, optional=True)
         _check_int(err, "seed", self.seed, 0, 2**64 - 1)
         _check_int(err, "swap_space", self.swap_space, 0, MAX_INT)
+        if self.swap_space and self.policy == "static":
+            raise err(
+                f"swap_space is {self.swap_space}, but policy 'static' never preempts; "
+                "set it to 0, or choose 'fcfs' or 'priority'."
+            )
 
 
 @refuse_unknown(InvalidParameterError)
@@ -216,7 +223,10 @@ class SamplingParams:
     """How one request is continued; the vocabulary is vLLM's.
 
     Attributes:
-        n: continuations returned for the prompt.
+        n: continuations returned for the prompt; they share its KV, and each after the first has
+            a seed derived from the request's.
+        best_of: continuations generated, of which the ``n`` with the highest cumulative
+            log-probability are returned; ``None``: ``n``.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: keep the k most likely tokens; 0 or -1 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches this.
@@ -238,12 +248,21 @@ class SamplingParams:
         allowed_token_ids: only these tokens may be generated.
         bad_words: strings that must not be generated.
         skip_special_tokens: leave special tokens out of the text.
+        use_beam_search: search for likely continuations instead of sampling; temperature, top_k,
+            top_p, min_p and seed are then ignored. Needs no seed, gives one output at the end.
+        beam_width: continuations kept in each step of beam search; ``None``: ``n``.
+        length_penalty: a beam's score is its cumulative log-probability divided by its generated
+            length to this power; above 0 favours longer ones.
+        early_stopping: when a beam search ends: ``True``, as soon as ``beam_width`` continuations
+            are finished; ``False``, when by their present length the others are not expected to get
+            better; ``"never"``, only when no other can get better.
         structured_outputs: the text conforms to a grammar: one of ``{"json": schema}``,
             ``{"json_object": True}``, ``{"regex": pattern}``, ``{"choice": [text, ...]}`` or
             ``{"grammar": text}`` (EBNF in the notation of Lark or GGML).
     """
 
     n: int = 1
+    best_of: int | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -264,13 +283,18 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     skip_special_tokens: bool = True
+    use_beam_search: bool = False
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     structured_outputs: dict | None = None
 
     MAX_LOGPROBS = 1024  # not a field: no annotation
+    MAX_SEQUENCES = 1024
 
     def __post_init__(self):
         err = InvalidParameterError
-        _check_int(err, "n", self.n, 1, 1024)
+        _check_int(err, "n", self.n, 1, self.MAX_SEQUENCES)
         _check_number(err, "temperature", self.temperature, 0, 1000)
         _check_int(err, "top_k", self.top_k, -1, MAX_INT)
         _check_number(err, "top_p", self.top_p, 0, 1)
@@ -285,7 +309,7 @@ class SamplingParams:
         _check_int(err, "seed", self.seed, 0, 2**64 - 1, optional=True)
         self.stop = self._strings("stop", self.stop, allow_str=True)
         self.bad_words = self._strings("bad_words", self.bad_words)
-        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"):
+        for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "use_beam_search"):
             if not isinstance(getattr(self, name), bool):
                 raise err(f"{name} is {_show(getattr(self, name))}; it must be True or False.")
         _check_int(err, "max_tokens", self.max_tokens, 1, MAX_INT, optional=True)
@@ -305,10 +329,36 @@ class SamplingParams:
             for token_id, bias in self.logit_bias.items():
                 _check_int(err, "a token id in logit_bias", token_id, 0, MAX_TOKEN_ID)
                 _check_number(err, f"logit_bias[{token_id}]", bias, -100, 100)
+        self._check_sequences()
         if self.structured_outputs is not None:
             self.structured_outputs = _checked_grammar(self.structured_outputs)
             if self.ignore_eos:
                 raise err("ignore_eos is True, but structured_outputs end with end-of-sequence; leave one of them out.")
+
+    def _check_sequences(self) -> None:
+        """How many continuations there are, and how they are chosen."""
+        err = InvalidParameterError
+        _check_int(err, "best_of", self.best_of, 1, self.MAX_SEQUENCES, optional=True)
+        _check_int(err, "beam_width", self.beam_width, 1, self.MAX_SEQUENCES, optional=True)
+        _check_number(err, "length_penalty", self.length_penalty, -10, 10)
+        if not isinstance(self.early_stopping, (bool, str)) or self.early_stopping not in EARLY_STOPPING:
+            raise err(f"early_stopping is {_show(self.early_stopping)}; it must be True, False or 'never'.")
+        if self.best_of is not None and self.best_of < self.n:
+            raise err(f"best_of is {self.best_of}, fewer than n ({self.n}); raise it or lower n.")
+        if self.use_beam_search:
+            if self.best_of is not None:
+                raise err(f"best_of is {self.best_of} with use_beam_search; set beam_width instead.")
+            if self.beam_width is not None and self.beam_width < self.n:
+                raise err(f"beam_width is {self.beam_width}, fewer than n ({self.n}); raise it or lower n.")
+            return
+        for name, neutral in (("beam_width", None), ("length_penalty", 1), ("early_stopping", False)):
+            if getattr(self, name) != neutral:
+                raise err(f"{name} is {_show(getattr(self, name))}, but use_beam_search is False; set it to True.")
+        if self.num_sequences > 1 and self.greedy:
+            raise err(
+                f"{self.num_sequences} continuations (n or best_of) with temperature 0 would all be the same; "
+                "raise the temperature, or set use_beam_search."
+            )
 
     @staticmethod
     def _strings(name, value, allow_str=False) -> list[str]:
@@ -335,7 +385,12 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken, without a random draw."""
-        return self.temperature == 0
+        return self.temperature == 0 and not self.use_beam_search
+
+    @property
+    def num_sequences(self) -> int:
+        """Continuations that are generated at once: beams, or ``best_of``, or ``n``."""
+        return (self.beam_width if self.use_beam_search else self.best_of) or self.n
 
     def max_token_id(self) -> int:
         """The largest token id named anywhere in the parameters, or -1; checked at admission."""

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import itertools
 import time
 
 import numpy as np
 
 from minipaged import backends
+from minipaged.beam_group import BeamGroup
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.factory import make_scheduler
 from minipaged.core.request import Request
 from minipaged.core.scheduler import SchedulerConfig, SchedulerOutput
 from minipaged.errors import InvalidParameterError, MinipagedError, NumericalError, RequestError, UnknownRequestError
+from minipaged.live_sequences import LiveSequences
 from minipaged.model.loader import LoadedModel, load_model
 from minipaged.output_builder import OutputBuilder, logprob_entry
 from minipaged.outputs import EngineStats, RequestOutput
 from minipaged.prompt import tokenize
 from minipaged.runner import Runner, StepLogits
-from minipaged.sampling.grammar import GrammarCompiler
+from minipaged.sampling.grammar import Grammar, GrammarCompiler
 from minipaged.sampling.logprobs import prompt_logprobs
 from minipaged.sampling.sampler import SampledToken, Sampler
+from minipaged.sampling.seeds import derived_seed
 from minipaged.sampling.state import SamplingState
-from minipaged.sequence_group import Sequence, SequenceGroup
-from minipaged.sizing import resolve_max_model_len, resolve_num_blocks
+from minipaged.sequence_group import SequenceGroup
+from minipaged.sizing import resolve_max_model_len, resolve_num_blocks, resolve_num_host_blocks
 
 
 class Engine:
@@ -47,7 +50,8 @@ class Engine:
             self.formats, self.backend, self.model.config, config, self.max_model_len
         )
         num_blocks = resolve_num_blocks(config, self.max_model_len, block_bytes, device_memory)
-        self.scheduler = make_scheduler(
+        num_host_blocks = resolve_num_host_blocks(config, block_bytes)
+        self._use(
             SchedulerConfig(
                 num_blocks=num_blocks,
                 block_size=config.block_size,
@@ -56,6 +60,7 @@ class Engine:
                 max_num_batched_tokens=config.max_num_batched_tokens,
                 enable_prefix_caching=config.enable_prefix_caching,
                 policy=config.policy,
+                num_host_blocks=num_host_blocks,
             )
         )
         self.runner = Runner(
@@ -67,14 +72,24 @@ class Engine:
             max_model_len=self.max_model_len,
             max_num_tokens=config.max_num_batched_tokens,
             num_threads=config.num_threads,
+            num_host_blocks=num_host_blocks,
         )
         vocab_size, eos_token_ids = self.model.config.vocab_size, self.model.config.eos_token_ids
         self.sampler = Sampler(vocab_size)
         self._grammars = GrammarCompiler(self.model.tokenizer, vocab_size, eos_token_ids)
         self._groups: dict[str, SequenceGroup] = {}
-        self._sequences: dict[str, Sequence] = {}
         self._numbers = itertools.count()
         self._step_seconds = 0.0
+
+    def use_policy(self, policy: str) -> None:
+        """Give an idle engine a fresh scheduler (and so an empty pool and prefix cache)."""
+        # "static" switches prefix caching off in its own copy of the limits, so take that from the options.
+        caching = self.config.enable_prefix_caching
+        self._use(dataclasses.replace(self.scheduler.config, policy=policy, enable_prefix_caching=caching))
+
+    def _use(self, limits: SchedulerConfig) -> None:
+        self.scheduler = make_scheduler(limits)
+        self._live = LiveSequences(self.scheduler)
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -112,8 +127,6 @@ class Engine:
         params = self.default_sampling_params() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidParameterError(f"sampling_params is {params!r}; it must be a SamplingParams.")
-        if params.n != 1:
-            raise InvalidParameterError(f"n is {params.n}; this version returns one continuation a request (n=1).")
         if isinstance(priority, bool) or not isinstance(priority, int):
             raise InvalidParameterError(f"priority is {priority!r}; it must be an integer.")
         if cache_salt is not None and not isinstance(cache_salt, str):
@@ -122,11 +135,12 @@ class Engine:
         text, token_ids = tokenize(prompt, self.model.tokenizer, vocab_size)
         room = self.max_model_len - len(token_ids)
         max_tokens = max(room, 1) if params.max_tokens is None else params.max_tokens
-        self.scheduler.check_admissible(len(token_ids), max_tokens)
         params = params.clone(max_tokens=max_tokens)
+        self.scheduler.check_admissible(len(token_ids), params)
         number = next(self._numbers)
         request_id = f"request-{number}" if request_id is None else request_id
-        return SequenceGroup(
+        make_group = BeamGroup if params.use_beam_search else SequenceGroup
+        return make_group(
             Request(request_id, token_ids, params, priority, cache_salt),
             SamplingState(
                 params,
@@ -135,7 +149,7 @@ class Engine:
                 eos_token_ids=eos_token_ids,
                 seed=self._seed_of(params, number),
                 tokenizer=self.model.tokenizer,
-                grammar=self._grammars.compile(params.structured_outputs) if params.structured_outputs else None,
+                grammar=self._grammar_of(params),
             ),
             OutputBuilder(params, token_ids, self.model.tokenizer, eos_token_ids),
             prompt=text,
@@ -146,10 +160,8 @@ class Engine:
         """Queue a prepared request. Raises :class:`RequestError` if its id is in use."""
         if group.request_id in self._groups:
             raise RequestError(f"request id {group.request_id!r} is in use by an unfinished request; choose another.")
-        (root,) = group.sequences
-        self.scheduler.add(root.request)
+        self._live.add(group.sequences[0])
         self._groups[group.request_id] = group
-        self._sequences[root.request.request_id] = root
 
     def abort(self, request_id: str) -> RequestOutput:
         """End a request now, give its blocks back and return what it had so far.
@@ -158,9 +170,8 @@ class Engine:
         """
         if request_id not in self._groups:
             raise UnknownRequestError(f"no unfinished request has the id {request_id!r}.")
-        group = self._groups[request_id]
-        group.abort(self.scheduler)
-        self._forget_finished(group)
+        group = self._groups.pop(request_id)
+        group.abort(self._live)
         return group.build()
 
     def abort_if_unfinished(self, request_id: str) -> RequestOutput | None:
@@ -177,62 +188,70 @@ class Engine:
         """One iteration: plan, compute, sample, update. Returns what is new for the callers."""
         started = time.monotonic()
         plan = self.scheduler.schedule()
+        self._swap(plan)
         if not plan.scheduled:
             return []
+        began = time.monotonic()
         logits = self.runner.execute(plan, self._prompt_wanted(plan))
+        self.scheduler.swap.note_computed(plan.num_tokens, time.monotonic() - began)
         failed = self._take_prompt_logprobs(logits)
         drawn = self._draw(plan, logits)
         failed |= {sequence_id: tokens[0].error for sequence_id, tokens in drawn.items() if tokens[0].error}
         for sequence_id in failed:
             self.scheduler.abort(sequence_id)  # before the update, which would publish its KV for others
-        self.scheduler.update(plan, {name: [token.token_id for token in tokens] for name, tokens in drawn.items()})
+        self.scheduler.update(plan)
         outputs = self._process(plan, drawn, failed, started)
         if self.config.check_integrity:
             self.scheduler.check()
         self._step_seconds += time.monotonic() - started
         return outputs
 
+    def _swap(self, plan: SchedulerOutput) -> None:
+        num_blocks = len(plan.swap_out) + len(plan.swap_in)
+        if num_blocks:
+            began = time.monotonic()
+            self.runner.swap(plan)
+            self.scheduler.swap.note_copies(num_blocks, time.monotonic() - began)
+
     def _draw(self, plan: SchedulerOutput, logits: StepLogits) -> dict[str, list[SampledToken]]:
         """By sequence id, the tokens drawn for each sequence that samples in this step."""
-        sequences = [self._sequences[s.request_id] for s in plan.scheduled if s.samples]
+        sequences = [self._live[s.request_id] for s in plan.scheduled if s.samples]
         states = [sequence.group.states(sequence) for sequence in sequences]
-        tokens = iter(self.sampler.sample(logits.to_sample(), [state for group in states for state in group]))
-        return {
-            sequence.request.request_id: list(itertools.islice(tokens, len(group)))
-            for sequence, group in zip(sequences, states, strict=True)
-        }
+        counts = [len(group) for group in states]
+        rows = logits.to_sample()
+        once = rows if all(count == 1 for count in counts) else rows.repeat(counts, axis=0)
+        tokens = iter(self.sampler.sample(once, [state for group in states for state in group]))
+        drawn = {}
+        for sequence, row, count in zip(sequences, rows, counts, strict=True):
+            found = list(itertools.islice(tokens, count)) or sequence.group.candidates(sequence, row)
+            drawn[sequence.request.request_id] = found
+        return drawn
 
     def _process(
         self, plan: SchedulerOutput, drawn: dict[str, list[SampledToken]], failed: dict[str, str], started: float
     ) -> list[RequestOutput]:
         """Hand tokens to their groups and collect what callers should see."""
         touched: dict[str, SequenceGroup] = {}
-        for scheduled in plan.scheduled:
-            sequence = self._sequences[scheduled.request_id]
+        # All are looked up first: a beam search may end sequences of this plan on its way.
+        for scheduled, sequence in [(s, self._live[s.request_id]) for s in plan.scheduled]:
             group = sequence.group
             group.note_scheduled(started)
             if scheduled.request_id in failed:
-                group.fail(sequence, failed[scheduled.request_id], self.scheduler)
+                group.fail(sequence, failed[scheduled.request_id], self._live)
             elif scheduled.request_id in drawn:
-                group.take(sequence, drawn[scheduled.request_id], self.scheduler)
+                group.take(sequence, drawn[scheduled.request_id], self._live)
             else:
                 continue  # a chunk of its prompt was computed; there is nothing to tell yet
             touched[group.request_id] = group
         for group in touched.values():
-            self._forget_finished(group)
+            if group.finished:
+                del self._groups[group.request_id]
         return [group.build() for group in touched.values() if group.finished or group.stream]
-
-    def _forget_finished(self, group: SequenceGroup) -> None:
-        for sequence in group.sequences:
-            if sequence.output.finished:
-                self._sequences.pop(sequence.request.request_id, None)
-        if group.finished:
-            del self._groups[group.request_id]
 
     def _prompt_wanted(self, plan: SchedulerOutput) -> dict[str, int]:
         wanted = {}
         for scheduled in plan.scheduled:
-            sequence = self._sequences[scheduled.request_id]
+            sequence = self._live[scheduled.request_id]
             if sequence.group.prompt_logprobs is not None:
                 wanted[scheduled.request_id] = sequence.request.num_prompt_tokens
         return wanted
@@ -242,7 +261,7 @@ class Engine:
         failed = {}
         for sequence_id, (first, rows) in logits.prompt_rows.items():
             try:
-                self._add_prompt_logprobs(self._sequences[sequence_id].group, first, logits.logits[rows])
+                self._add_prompt_logprobs(self._live[sequence_id].group, first, logits.logits[rows])
             except NumericalError as error:
                 failed[sequence_id] = str(error)
         return failed
@@ -290,9 +309,11 @@ class Engine:
 
     # -- helpers ----------------------------------------------------------------------------------
 
+    def _grammar_of(self, params: SamplingParams) -> Grammar | None:
+        if params.structured_outputs is None:
+            return None
+        return self._grammars.compile(params.structured_outputs, only_likeliest=params.greedy)
+
     def _seed_of(self, params: SamplingParams, number: int) -> int:
         """A request without a seed gets one from the engine's seed and its number of arrival."""
-        if params.seed is not None:
-            return params.seed
-        digest = hashlib.sha256(f"{self.config.seed}/{number}".encode()).digest()
-        return int.from_bytes(digest[:8], "little")
+        return derived_seed(self.config.seed, number) if params.seed is None else params.seed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from minipaged.config import SamplingParams
 from minipaged.model.tokenizer import IncrementalDetokenizer, Tokenizer
 from minipaged.outputs import CompletionOutput, Logprob
@@ -24,6 +26,7 @@ class OutputBuilder:
         tokenizer: Tokenizer,
         eos_token_ids: tuple[int, ...],
     ):
+        ranked = params.num_sequences > 1 or params.use_beam_search
         self.params = params
         self.tokenizer = tokenizer
         self.token_ids: list[int] = []
@@ -31,7 +34,7 @@ class OutputBuilder:
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
         # As in vLLM, log-probabilities cost a pass over the vocabulary and are made on request only.
-        self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
+        self.cumulative_logprob: float | None = 0.0 if ranked or params.logprobs is not None else None
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids)
@@ -42,6 +45,11 @@ class OutputBuilder:
         self._given_out = 0
 
     @property
+    def num_end_tokens(self) -> int:
+        """Token ids that end the text."""
+        return len(self._eos_token_ids | self._stop_token_ids)
+
+    @property
     def finished(self) -> bool:
         return self.finish_reason is not None
 
@@ -49,8 +57,9 @@ class OutputBuilder:
         """Take one sampled token; sets ``finish_reason`` if it ends the sequence."""
         token_id = sampled.token_id
         self.token_ids.append(token_id)
-        if self.logprobs is not None:
+        if self.cumulative_logprob is not None:
             self.cumulative_logprob += sampled.logprob
+        if self.logprobs is not None:
             self.logprobs.append(logprob_entry(sampled, self.tokenizer))
 
         # Below min_tokens neither these ids (the sampler masks them) nor stop strings end the text.
@@ -63,6 +72,15 @@ class OutputBuilder:
             self._push(self._detokenizer.append([token_id]), may_stop)
             if not self.finished and len(self.token_ids) >= self.params.max_tokens:
                 self._finish("length")
+
+    def fork(self) -> OutputBuilder:
+        """A copy with the same past and its own future."""
+        twin = copy.copy(self)
+        twin.token_ids = self.token_ids.copy()
+        twin.logprobs = None if self.logprobs is None else self.logprobs.copy()
+        twin._detokenizer = self._detokenizer.fork()
+        twin._stop = self._stop.fork()
+        return twin
 
     def end(self, reason: str) -> None:
         """End from outside: ``"abort"`` or ``"error"``."""

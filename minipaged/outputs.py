@@ -16,12 +16,15 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One generated continuation.
+    """One generated continuation; ``index`` numbers those of a request (of beams: best first).
 
     ``text`` and ``token_ids`` are all that was generated so far; ``delta`` is the text that came
     since the previous output of the same stream. ``finish_reason`` is ``None`` while running, then
     ``"stop"``, ``"length"``, ``"abort"`` or ``"error"``; ``stop_reason`` is the stop string or
-    stop token id that ended it (``None`` for end-of-sequence).
+    stop token id that ended it (``None`` for end-of-sequence). ``cumulative_logprob`` is the sum of
+    the tokens' log-probabilities, known with ``logprobs``, several continuations or beam search;
+    ``beam_score`` is what beam search ranks by: the sum of log-probabilities (after penalties and
+    masks, if there are any) divided by the generated length to the power of ``length_penalty``.
     """
 
     index: int
@@ -32,6 +35,7 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     delta: str = ""
+    beam_score: float | None = None
 
     @property
     def finished(self) -> bool:
@@ -65,6 +69,8 @@ class RequestMetrics:
 class RequestOutput:
     """The state, or the result, of one request.
 
+    ``outputs`` has ``n`` continuations: in a stream by ``index``, else the likeliest first.
+
     ``num_cached_tokens`` counts the prompt tokens whose KV was found in the prefix cache instead
     of being computed. ``prompt_logprobs`` has one entry for each prompt token; the first is
     ``None`` (nothing precedes it). ``error`` holds the reason where ``finish_reason`` is
@@ -84,7 +90,11 @@ class RequestOutput:
 
 @dataclass(slots=True)
 class EngineStats:
-    """Counters since the engine was made, and gauges of this moment (``LLM.stats()``)."""
+    """Counters since the engine was made, and gauges of this moment (``LLM.stats()``).
+
+    ``num_blocks_shared`` of the ``num_blocks_used`` are held by more than one running sequence;
+    ``num_block_references`` is what all of them would use if none were shared.
+    """
 
     device: str = ""
     num_requests_waiting: int = 0
@@ -97,9 +107,15 @@ class EngineStats:
     num_preemptions: int = 0
     num_blocks_total: int = 0
     num_blocks_used: int = 0
+    num_blocks_shared: int = 0
+    num_block_references: int = 0
     num_blocks_cached: int = 0
     num_blocks_evicted: int = 0
     num_blocks_copied: int = 0
+    num_host_blocks_total: int = 0
+    num_host_blocks_used: int = 0
+    num_blocks_swapped_out: int = 0
+    num_blocks_swapped_in: int = 0
     block_size: int = 0
     kv_cache_bytes: int = 0
     weight_bytes: int = 0

@@ -9,6 +9,10 @@
 
 The scheduler and the runner know single sequences only; the engine hands each sequence's sampled
 tokens to its group, which decides what becomes of it.
+
+Parallel sampling (``n`` > 1): the prompt is computed once, by the first sequence. From its last row
+of logits one token is drawn for each continuation; then the others are forked from the first,
+before any of the tokens is appended, and copy the partly filled last block when they first write.
 """
 
 from __future__ import annotations
@@ -16,24 +20,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+import numpy as np
+
 from minipaged.core.request import Request
-from minipaged.core.scheduler import Scheduler
+from minipaged.live_sequences import LiveSequences
 from minipaged.output_builder import OutputBuilder
 from minipaged.outputs import RequestMetrics, RequestOutput
 from minipaged.sampling.sampler import SampledToken
+from minipaged.sampling.seeds import choice_seed
 from minipaged.sampling.state import SamplingState
 
 
 class Sequence:
-    """One continuation of a group's prompt."""
+    """One continuation of a group's prompt. ``request`` is ``None`` until it is forked."""
 
-    __slots__ = ("group", "index", "request", "sampling", "output")
+    __slots__ = ("group", "request", "sampling", "output")
 
-    def __init__(
-        self, group: SequenceGroup, index: int, request: Request, sampling: SamplingState, output: OutputBuilder
-    ):
+    def __init__(self, group: SequenceGroup, request: Request | None, sampling: SamplingState, output: OutputBuilder):
         self.group = group
-        self.index = index
         self.request = request
         self.sampling = sampling
         self.output = output
@@ -50,6 +54,7 @@ class SequenceGroup:
     Attributes:
         request_id: what the caller knows it by.
         sequences: its continuations, finished ones too.
+        stream: as given; but what is ranked before it is chosen (``best_of`` above ``n``) comes at the end.
         prompt_logprobs: one entry a prompt token as far as known, or ``None`` if not asked for.
     """
 
@@ -60,21 +65,25 @@ class SequenceGroup:
         self.params = request.params
         self.prompt = prompt
         self.prompt_token_ids = request.prompt_token_ids
-        self.stream = stream
-        self.sequences = [Sequence(self, 0, request, sampling, output)]
-        self.prompt_logprobs: list | None = None if request.params.prompt_logprobs is None else [None]
+        self.prompt_logprobs: list | None = None if self.params.prompt_logprobs is None else [None]
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.error: str | None = None
+        self.stream = stream and self.params.num_sequences == self.params.n
+        self.sequences = [Sequence(self, request, sampling, output)]
+        self._add_siblings()
+
+    def _add_siblings(self) -> None:
+        """The other continuations, whose requests will be forked when the prompt is computed."""
+        root = self.sequences[0]
+        for index in range(1, self.params.num_sequences):
+            sampling = root.sampling.fork(choice_seed(root.sampling.seed, index))
+            self.sequences.append(Sequence(self, None, sampling, root.output.fork()))
 
     @property
     def finished(self) -> bool:
         """Whether every sequence is."""
         return all(sequence.output.finished for sequence in self.sequences)
-
-    def unfinished(self) -> list[Sequence]:
-        """The sequences that the scheduler still knows."""
-        return [sequence for sequence in self.sequences if not sequence.output.finished]
 
     # -- what a step does to it -------------------------------------------------------------------
 
@@ -86,49 +95,68 @@ class SequenceGroup:
 
     def states(self, sequence: Sequence) -> list[SamplingState]:
         """For each token to draw from the sequence's row of logits, the state to draw it with."""
-        return [sequence.sampling]
+        return [drawn.sampling for drawn in self._continuing(sequence)]
 
-    def take(self, sequence: Sequence, tokens: list[SampledToken], scheduler: Scheduler) -> None:
-        """Hand a sequence the tokens that were drawn, one for each of :meth:`states`; those without
-        an error were given to the scheduler already."""
-        (token,) = tokens
+    def candidates(self, sequence: Sequence, row: np.ndarray) -> list[SampledToken]:
+        """What a group that has no :meth:`states` makes of the row by itself."""
+        raise NotImplementedError
+
+    def take(self, sequence: Sequence, tokens: list[SampledToken], live: LiveSequences) -> None:
+        """Go on with the tokens that were drawn, one for each of :meth:`states`."""
+        self._note_first_token()
+        continuing = self._continuing(sequence)
+        for child in continuing[1:]:
+            live.fork(sequence, child)
+        for member, token in zip(continuing, tokens, strict=True):
+            live.append(member, token.token_id)
+            member.sampling.append(token.token_id)
+            member.output.append(token)
+            if member.output.finished:
+                live.finish(member)
+        self._note_end()
+
+    def _continuing(self, sequence: Sequence) -> list[Sequence]:
+        """The sequence, and those that are to be forked from it now."""
+        return [sequence, *(sibling for sibling in self.sequences if sibling.request is None)]
+
+    def fail(self, sequence: Sequence, error: str, live: LiveSequences) -> None:
+        """End a sequence whose logits cannot be used, and those that were to be forked from it."""
+        self.error = self.error or error
+        self._drop(self._continuing(sequence), "error", live)
+
+    def abort(self, live: LiveSequences) -> None:
+        """End what is not finished."""
+        self._drop([sequence for sequence in self.sequences if not sequence.output.finished], "abort", live)
+
+    def _drop(self, sequences: Iterable[Sequence], reason: str, live: LiveSequences) -> None:
+        for sequence in sequences:
+            live.drop(sequence)
+            sequence.output.end(reason)
+        self._note_end()
+
+    def _note_first_token(self) -> None:
         if self.metrics.first_token_time is None:
             self.metrics.first_token_time = time.monotonic()
-        sequence.sampling.append(token.token_id)
-        sequence.output.append(token)
-        if sequence.output.finished:
-            scheduler.finish(sequence.request.request_id)
-            self._note_ends()
 
-    def fail(self, sequence: Sequence, error: str, scheduler: Scheduler) -> None:
-        """End a sequence whose logits cannot be used."""
-        self.error = self.error or error
-        self._drop([sequence], "error", scheduler)
-
-    def abort(self, scheduler: Scheduler) -> None:
-        """End what is not finished."""
-        self._drop(self.unfinished(), "abort", scheduler)
-
-    def _drop(self, sequences: Iterable[Sequence], reason: str, scheduler: Scheduler) -> None:
-        for sequence in sequences:
-            scheduler.abort(sequence.request.request_id)
-            sequence.output.end(reason)
-        self._note_ends()
-
-    def _note_ends(self) -> None:
-        if self.finished:
+    def _note_end(self) -> None:
+        if self.finished and self.metrics.finished_time is None:
             self.metrics.finished_time = time.monotonic()
-            self.metrics.num_preemptions = sum(sequence.request.num_preemptions for sequence in self.sequences)
 
     # -- what the caller sees ---------------------------------------------------------------------
 
     def build(self) -> RequestOutput:
         """A snapshot; each output's ``delta`` is the text that came since the last one."""
+        outputs = [sequence.output.build(index) for index, sequence in enumerate(self.sequences)]
+        if len(outputs) > 1 and not self.stream:
+            outputs.sort(key=lambda output: -output.cumulative_logprob)
+        return self._result(outputs[: self.params.n])
+
+    def _result(self, outputs: list) -> RequestOutput:
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[sequence.output.build(sequence.index) for sequence in self.sequences],
+            outputs=outputs,
             finished=self.finished,
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=self.num_cached_tokens,

@@ -12,7 +12,6 @@ import time
 
 from minipaged.bench.bandwidth import read_bandwidth
 from minipaged.bench.summary import median, summary
-from minipaged.bench.throughput import use_policy
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import ConfigError
@@ -79,7 +78,7 @@ def _check_fits(engine: Engine, prompt_len: int, num_steps: int, batch_size: int
         raise ConfigError(f"batch size {batch_size} is more than max_num_seqs ({limits.max_num_seqs}); raise that.")
     # As in _decode_step: those that start first have decoded a little before the last one starts.
     total = prompt_len + _max_tokens(engine, prompt_len, num_steps, batch_size)
-    engine.scheduler.check_admissible(prompt_len, total - prompt_len)
+    engine.scheduler.check_admissible(prompt_len, SamplingParams(max_tokens=total - prompt_len))
     needed = batch_size * -(-total // limits.block_size)
     if needed > limits.num_blocks:
         raise ConfigError(
@@ -101,7 +100,7 @@ def _max_tokens(engine: Engine, prompt_len: int, num_steps: int, batch_size: int
 
 def _first_token(engine: Engine, prompt_len: int, rng: random.Random) -> float:
     """Seconds from the arrival of a prompt, alone, to its first token."""
-    use_policy(engine, engine.config.policy)
+    engine.use_policy(engine.config.policy)
     started = time.perf_counter()
     engine.add_request(_prompt(engine, prompt_len, rng), SamplingParams(temperature=0, ignore_eos=True, max_tokens=1))
     while engine.has_unfinished():
@@ -111,7 +110,7 @@ def _first_token(engine: Engine, prompt_len: int, rng: random.Random) -> float:
 
 def _decode_step(engine: Engine, prompt_len: int, num_steps: int, batch_size: int, rng: random.Random) -> float:
     """Median seconds of a step in which ``batch_size`` sequences compute one token each."""
-    use_policy(engine, engine.config.policy)
+    engine.use_policy(engine.config.policy)
     max_tokens = _max_tokens(engine, prompt_len, num_steps, batch_size)
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)
     ids = [engine.add_request(_prompt(engine, prompt_len, rng), params, stream=True) for _ in range(batch_size)]

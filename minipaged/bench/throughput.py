@@ -8,13 +8,11 @@ touches both.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 
 from minipaged.bench.summary import median, summary
 from minipaged.bench.workload import Workload
 from minipaged.config import SamplingParams
-from minipaged.core.factory import make_scheduler
 from minipaged.engine import Engine
 
 WARM_UP_TOKENS = 4
@@ -52,7 +50,7 @@ def run_trace(engine: Engine, workload: Workload, policy: str) -> dict:
     Times are seconds; ``ttft`` is the time from arrival to the first token. ``block_use`` is the mean
     share of the pool's blocks in use, over steps; ``running`` the mean number of sequences in a step.
     """
-    use_policy(engine, policy)
+    engine.use_policy(policy)
     pool = engine.scheduler.pool
     used, running, outputs = [], [], []
     started = time.perf_counter()
@@ -81,15 +79,6 @@ def run_trace(engine: Engine, workload: Workload, policy: str) -> dict:
         "preemptions": engine.scheduler.num_preemptions,
         "cached_prompt_tokens": sum(o.num_cached_tokens for o in outputs),
     }
-
-
-def use_policy(engine: Engine, policy: str) -> None:
-    """Give an idle engine a fresh scheduler (and so an empty pool and prefix cache)."""
-    # "static" switches prefix caching off in its own copy of the limits, so take that from the options.
-    config = dataclasses.replace(
-        engine.scheduler.config, policy=policy, enable_prefix_caching=engine.config.enable_prefix_caching
-    )
-    engine.scheduler = make_scheduler(config)
 
 
 def _warm_up(engine: Engine, workload: Workload) -> None:

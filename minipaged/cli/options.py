@@ -93,6 +93,8 @@ def _argument_kind(name: str, hint) -> dict:
         return {"type": token_biases, "metavar": "ID=BIAS,..."}
     if dict in kinds:
         return {"type": json_object, "metavar": "JSON"}
+    if bool in kinds and str in kinds:
+        return {"type": truth_or_word, "metavar": "true|false|never"}
     (kind,) = kinds
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -117,6 +119,11 @@ def byte_size(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes, or a number with K, M, G or T: 512M")
     return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " "))
+
+
+def truth_or_word(text: str) -> bool | str:
+    """``"true"`` and ``"false"`` to a bool; other words stay as they are."""
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def token_ids(text: str) -> list[int]:

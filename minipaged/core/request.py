@@ -40,13 +40,19 @@ class Request:
         num_cached_tokens: length of the prefix hit when the request was first admitted.
         num_preemptions: how often its blocks were taken from it.
         block_table: ``None`` unless running.
-        use_prefix_cache: whether prefix hits may be used. Not with ``prompt_logprobs``, which need
-            the logits of every prompt position; such a request still publishes its blocks.
+        host_block_ids, num_host_tokens: blocks in host memory with the KV of its first tokens; of a
+            preempted request that was swapped.
+        use_prefix_cache: whether prefix hits may be used. Not while ``prompt_logprobs`` need the
+            logits of every prompt position; such a request still publishes its blocks.
+        awaits_token: its last token was computed, and the next is not known yet (a beam whose
+            siblings are not as far); until it is, there is nothing to schedule.
+        num_seqs: sequences that will be forked from it, itself included; seats are kept for all.
         block_hashes: hashes of its first full blocks, as far as they were needed.
         num_published_blocks: how many of its full blocks are known to be in the prefix cache, the
             blocks themselves or equal ones.
         published_id: ``content_id`` of the last of them, at first the ``cache_salt``.
-        sort_key: place in ``waiting`` and ``running``; set by the scheduler, unique.
+        sort_key: place in ``waiting`` and ``running``: (priority, arrival, fork); set by the
+            scheduler, unique. Forks of one request differ in the last part only.
     """
 
     __slots__ = (
@@ -62,7 +68,11 @@ class Request:
         "num_preemptions",
         "status",
         "block_table",
+        "host_block_ids",
+        "num_host_tokens",
         "use_prefix_cache",
+        "awaits_token",
+        "num_seqs",
         "block_hashes",
         "num_published_blocks",
         "published_id",
@@ -88,9 +98,13 @@ class Request:
         self.max_total_tokens = self.num_prompt_tokens + params.max_tokens
         self.num_cached_tokens = 0
         self.num_preemptions = 0
+        self.host_block_ids: list[int] = []
+        self.num_host_tokens = 0
         self.use_prefix_cache = params.prompt_logprobs is None
+        self.awaits_token = False
+        self.num_seqs = params.num_sequences
         self.block_hashes: list[bytes] = []
-        self.sort_key: tuple[int, int] = (0, 0)
+        self.sort_key: tuple[int, int, int] = (0, 0, 0)
         self.reset(RequestStatus.WAITING)
 
     def reset(self, status: RequestStatus) -> None:
@@ -117,3 +131,8 @@ class Request:
     def __repr__(self) -> str:
         progress = f"{self.num_computed_tokens}/{self.num_tokens}"
         return f"<Request {self.request_id!r} {self.status.value} computed {progress}>"
+
+
+def by_sort_key(request: Request) -> tuple[int, int, int]:
+    """Key of the order of requests."""
+    return request.sort_key

@@ -9,11 +9,17 @@ with its tokens; a step computes some of the difference:
     │ decoding request       │ already running           │ admitted requests     │
     └────────────────────────┴───────────────────────────┴───────────────────────┘
 
-``waiting`` and ``running`` are both sorted by ``sort_key``: (priority, arrival), the priority
-being 0 for all under ``fcfs``. The best running request always advances, the worst is the one
-preempted, and a preempted request finds its old place in ``waiting`` by its key. Requests are
-admitted in strict order, with blocks for all tokens they have; so nobody overtakes, and the wait
-of each is bounded by the work of those before it and of those already running.
+``waiting`` and ``running`` are both sorted by ``sort_key``: (priority, arrival, fork), the priority
+being 0 for all under ``fcfs``, and forks standing right behind what they were forked from. The best
+running request always advances, the worst is the one preempted, and a preempted request finds its
+old place in ``waiting`` by its key. Requests are admitted in strict order, with blocks for all
+tokens they have; so nobody overtakes, and the wait of each is bounded by the work of those before
+it and of those already running.
+
+Beams advance together: one that awaits its token (``awaits_token``) keeps its blocks and is not
+scheduled. That can block nobody forever, because beams of one request stand together in the order:
+whoever runs behind a beam that others await makes place for it, and if only its siblings run, the
+worst of them does.
 
 The idea of one queue without phases is vLLM's V1 scheduler; that capacity counts copies is
 openvino.genai's.
@@ -22,21 +28,20 @@ openvino.genai's.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from minipaged.config import SamplingParams
+from minipaged.core import inspection
+from minipaged.core.admission import check_admissible
 from minipaged.core.block_pool import Block, BlockPool
 from minipaged.core.block_table import BlockTable
 from minipaged.core.prefix_cache import PrefixCache
-from minipaged.core.request import Request, RequestStatus
+from minipaged.core.request import Request, RequestStatus, by_sort_key
 from minipaged.core.scheduler_output import ScheduledSequence, SchedulerConfig, SchedulerOutput
-from minipaged.errors import (
-    IntegrityError,
-    PoolTooSmallError,
-    PromptTooLongError,
-    RequestError,
-    UnknownRequestError,
-)
+from minipaged.core.siblings import num_common_blocks, siblings
+from minipaged.core.swap import SwapSpace
+from minipaged.errors import RequestError, UnknownRequestError
 
 
 class Scheduler:
@@ -54,6 +59,7 @@ class Scheduler:
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.enable_prefix_caching, on_event)
         self.prefix_cache = PrefixCache(self.pool, config.block_size)
+        self.swap = SwapSpace(config.num_host_blocks, config.block_size)
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -73,30 +79,9 @@ class Scheduler:
 
     # -- requests come and go -----------------------------------------------------------------
 
-    def check_admissible(self, num_prompt_tokens: int, max_tokens: int) -> None:
-        """Refuse a request that could never finish, whatever else runs.
-
-        Raises:
-            RequestError: there is no prompt token.
-            PromptTooLongError: prompt and output exceed ``max_model_len``.
-            PoolTooSmallError: their KV exceeds the whole pool.
-        """
-        if num_prompt_tokens < 1:
-            raise RequestError("the prompt has no tokens; at least one is needed to continue from.")
-        total = num_prompt_tokens + max_tokens
-        if total > self.config.max_model_len:
-            remedy = " or lower max_tokens" if num_prompt_tokens < self.config.max_model_len else ""
-            raise PromptTooLongError(
-                f"prompt ({num_prompt_tokens} tokens) plus max_tokens ({max_tokens}) is {total}, more than "
-                f"max_model_len ({self.config.max_model_len}). Shorten the prompt{remedy}."
-            )
-        needed = self._num_blocks(total - 1)  # the last token is returned, never fed back
-        if needed > self.config.num_blocks:
-            raise PoolTooSmallError(
-                f"prompt ({num_prompt_tokens} tokens) plus max_tokens ({max_tokens}) needs {needed} KV blocks of "
-                f"{self.config.block_size} tokens, the pool has {self.config.num_blocks}. Raise num_blocks, "
-                "shorten the prompt or lower max_tokens."
-            )
+    def check_admissible(self, num_prompt_tokens: int, params: SamplingParams) -> None:
+        """Refuse a request that could never finish (see :func:`~minipaged.core.admission.check_admissible`)."""
+        check_admissible(self.config, num_prompt_tokens, params)
 
     def _num_blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
@@ -107,22 +92,24 @@ class Scheduler:
         Raises:
             RequestError: it could never finish (see :meth:`check_admissible`), or its id is taken.
         """
-        self.check_admissible(request.num_prompt_tokens, request.params.max_tokens)
-        self._register(request)
+        self.check_admissible(request.num_prompt_tokens, request.params)
+        priority = request.priority if self.config.policy == "priority" else 0
+        self._register(request, (priority, self._num_added + 1))
         _insert(self.waiting, request)
 
-    def _register(self, request: Request) -> None:
+    def _register(self, request: Request, place: tuple[int, int]) -> None:
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use; choose another.")
         self._num_added += 1
-        request.sort_key = (request.priority if self.config.policy == "priority" else 0, self._num_added)
+        request.sort_key = (*place, self._num_added)
         self.requests[request.request_id] = request
 
     def fork(self, request_id: str, child_id: str, params: SamplingParams) -> Request:
         """Continue a request a second time, under ``child_id``; call it between steps.
 
         The child shares all KV of a running parent, and what either writes next is copied first.
-        Where no sequence may be added it waits, and finds or computes its KV like any request.
+        Where no sequence may be added it waits, and finds or computes its KV like any request. Its
+        place in the order is behind its parent and before whoever came after the parent.
 
         Raises:
             UnknownRequestError: there is no such request.
@@ -132,17 +119,23 @@ class Scheduler:
         child = Request(child_id, parent.token_ids, params, parent.priority, parent.cache_salt)
         child.num_prompt_tokens = parent.num_prompt_tokens
         child.max_total_tokens = parent.num_prompt_tokens + params.max_tokens
-        self.check_admissible(child.num_prompt_tokens, params.max_tokens)
+        child.use_prefix_cache = True  # the parent's prompt_logprobs are not computed twice
+        child.awaits_token = parent.awaits_token
+        child.num_cached_tokens = parent.num_cached_tokens
+        child.num_seqs = 1
+        self.check_admissible(child.num_prompt_tokens, params)
         if parent.num_tokens >= child.max_total_tokens:
             raise RequestError(
                 f"request {request_id!r} has {parent.num_tokens} tokens already; a fork with max_tokens "
                 f"{params.max_tokens} ends at {child.max_total_tokens}. Raise max_tokens."
             )
-        self._register(child)
+        self._register(child, parent.sort_key[:2])
+        parent.num_seqs = max(parent.num_seqs - 1, 1)
         if parent.status is RequestStatus.RUNNING and self._may_share():
             child.block_table = parent.block_table.fork()
             child.num_computed_tokens = parent.num_computed_tokens
-            child.num_cached_tokens = parent.num_cached_tokens
+            child.num_published_blocks = parent.num_published_blocks
+            child.published_id = parent.published_id
             child.status = RequestStatus.RUNNING
             _insert(self.running, child)
         else:
@@ -150,7 +143,22 @@ class Scheduler:
         return child
 
     def _may_share(self) -> bool:
-        return len(self.running) < self.config.max_num_seqs
+        return self._num_seqs() < self.config.max_num_seqs
+
+    def _num_seqs(self) -> int:
+        """Running sequences, and those that will be forked from them."""
+        return sum(request.num_seqs for request in self.running)
+
+    def append(self, request_id: str, token_ids: list[int]) -> None:
+        """Give a request the tokens that come next; the last of its step, if :meth:`update` did not.
+
+        Raises:
+            UnknownRequestError: there is no such request.
+        """
+        request = self._get(request_id)
+        request.token_ids += token_ids
+        request.awaits_token = False
+        self.num_generated_tokens += len(token_ids)
 
     def abort(self, request_id: str) -> bool:
         """Drop a request and free its blocks, at any time; whether there was one.
@@ -183,6 +191,7 @@ class Scheduler:
         _delete(self.waiting if request.status is RequestStatus.WAITING else self.running, request)
         if request.block_table is not None:
             request.block_table.release()
+        self.swap.drop(request)
         request.reset(RequestStatus.FINISHED)
         del self.requests[request.request_id]
 
@@ -194,17 +203,22 @@ class Scheduler:
         self._preempt_for_urgent(output)
         self._continue_running(output)
         self._admit_waiting(output)
+        while not output.scheduled and self.running and self._next_waiting():
+            # All who run are beams that await a sibling, and hold the blocks that it waits for.
+            self._preempt_worst(output)
+            self._admit_waiting(output)
         output.scheduled.sort(key=_has_many_tokens)
         self.num_steps += 1
         self.num_blocks_copied += len(output.copies)
         return output
 
-    def update(self, output: SchedulerOutput, new_tokens: dict[str, list[int]]) -> None:
+    def update(self, output: SchedulerOutput, new_tokens: Mapping[str, list[int]] = MappingProxyType({})) -> None:
         """Take in a step that was computed: advance, publish full blocks, append new tokens.
 
         Args:
             output: what :meth:`schedule` returned last.
-            new_tokens: sampled tokens by request id, for those sequences that sample.
+            new_tokens: tokens by request id, for sequences that sample. One that samples and gets
+                none awaits its token until :meth:`append` brings it.
         """
         for sequence in output.scheduled:
             request = self.requests.get(sequence.request_id)
@@ -216,18 +230,24 @@ class Scheduler:
             if start < request.num_prompt_tokens:
                 self.num_prompt_tokens_computed += min(end, request.num_prompt_tokens) - start
             self.prefix_cache.publish(request)
+            request.use_prefix_cache = request.use_prefix_cache or sequence.samples  # all prompt logits were seen
+            request.awaits_token = sequence.samples
             tokens = new_tokens.get(request.request_id)
             if tokens:
-                request.token_ids += tokens
-                self.num_generated_tokens += len(tokens)
+                self.append(request.request_id, tokens)
 
     def _preempt_for_urgent(self, output: SchedulerOutput) -> None:
-        """Policy ``priority``: strictly less urgent requests make place for the most urgent waiting."""
-        if self.config.policy != "priority" or not self.waiting:
+        """Policy ``priority``: strictly less urgent requests make place for the most urgent waiting.
+
+        So does whoever runs behind a beam that waits while its siblings await it: they hold blocks,
+        and would wait for it forever.
+        """
+        urgent = self._next_waiting()
+        if urgent is None:
             return
-        urgent = self.waiting[0]
-        while self.running and self.running[-1].priority > urgent.priority:
-            if len(self.running) < self.config.max_num_seqs and self._fits(urgent, self.prefix_cache.match(urgent)):
+        awaited = any(sibling.awaits_token for sibling in siblings(urgent, self.running))
+        while self.running and _yields(self.running[-1], urgent, awaited):
+            if self._has_seats(urgent) and self._fits(urgent, self._find_prefix(urgent)):
                 break
             self._preempt_worst(output)
 
@@ -245,16 +265,22 @@ class Scheduler:
 
     def _admit_waiting(self, output: SchedulerOutput) -> None:
         """Admit requests in order while sequences, tokens and blocks last."""
-        while self.waiting and len(self.running) < self.config.max_num_seqs:
+        while True:
             budget = self.config.max_num_batched_tokens - output.num_tokens
-            request = self.waiting[0]
-            if budget == 0 or request.request_id in output.preempted:
+            request = self._next_waiting()
+            if request is None or budget == 0 or request.request_id in output.preempted or not self._has_seats(request):
                 break
-            hits = self.prefix_cache.match(request)
-            if self._is_being_computed(request, len(hits)) or not self._fits(request, hits):
+            hits = self._find_prefix(request)
+            known = max(len(hits), request.num_host_tokens // self.config.block_size)
+            if self._is_being_computed(request, known) or not self._fits(request, hits):
                 break
             self._start(request, hits)
+            self.swap.restore(request, output)
             self._schedule(request, min(budget, request.num_tokens - request.num_computed_tokens), output)
+
+    def _next_waiting(self) -> Request | None:
+        """The first that has something to compute (a preempted one may await its token)."""
+        return next((request for request in self.waiting if not request.awaits_token), None)
 
     def _schedule(self, request: Request, num_tokens: int, output: SchedulerOutput) -> None:
         start = request.num_computed_tokens
@@ -278,6 +304,21 @@ class Scheduler:
     #   ├── hits: shared, KV is there ──┼── new: for every other token it has ──┤   + 1 spare for each
     #                                                                               running sequence
 
+    def _has_seats(self, request: Request) -> bool:
+        """Whether a request's sequences, forks to come included, may run beside the others."""
+        return self._num_seqs() + request.num_seqs <= self.config.max_num_seqs
+
+    def _find_prefix(self, request: Request) -> list[Block]:
+        """Blocks that begin the request and are computed: cached, or those of a running sibling."""
+        hits = self.prefix_cache.match(request)
+        if not request.use_prefix_cache:
+            return hits
+        for sibling in siblings(request, self.running):
+            count = num_common_blocks(request, sibling, self.config.block_size)
+            if count > len(hits):
+                hits = sibling.block_table.blocks[:count]
+        return hits
+
     def _fits(self, request: Request, hits: list[Block]) -> bool:
         """Whether all tokens known fit, and each running sequence could still take a block.
 
@@ -294,22 +335,23 @@ class Scheduler:
         running can only come to an end of their prompts, and the wait with them.
         """
         end = (num_hits + 1) * self.config.block_size
-        if not (self.config.enable_prefix_caching and request.use_prefix_cache) or end >= request.num_tokens:
+        others = self.running if self.config.enable_prefix_caching else siblings(request, self.running)
+        if not others or not request.use_prefix_cache or end >= request.num_tokens:
             return False
         wanted = self.prefix_cache.block_hash(request, num_hits)
         return any(
             other.num_computed_tokens < end <= other.num_tokens
             and self.prefix_cache.block_hash(other, num_hits) == wanted
-            for other in self.running
+            for other in others
         )
 
     def _start(self, request: Request, hits: list[Block]) -> None:
-        del self.waiting[0]
+        _delete(self.waiting, request)
         table = BlockTable(self.config.block_size, self.pool)
         table.share_prefix(hits)
         request.block_table = table
         request.num_computed_tokens = len(hits) * self.config.block_size
-        if request.num_preemptions == 0:
+        if request.num_preemptions == 0 and self.config.enable_prefix_caching:
             request.num_cached_tokens = request.num_computed_tokens
             self.num_prompt_tokens_cached += min(request.num_cached_tokens, request.num_prompt_tokens)
         self._reserve(request)
@@ -329,8 +371,9 @@ class Scheduler:
         return True
 
     def _preempt_worst(self, output: SchedulerOutput) -> None:
-        """Take the blocks of the worst running request; it will compute its tokens again."""
+        """Take the blocks of the worst running request; it will compute its tokens again, or was swapped."""
         request = self.running.pop()
+        self.swap.store(request, output)
         request.block_table.release()
         request.reset(RequestStatus.WAITING)
         request.num_preemptions += 1
@@ -342,22 +385,7 @@ class Scheduler:
 
     def stats(self) -> dict[str, int]:
         """The fields of ``EngineStats`` that the scheduler knows."""
-        return {
-            "num_requests_waiting": len(self.waiting),
-            "num_requests_running": len(self.running),
-            "num_requests_finished": self.num_requests_finished,
-            "num_steps": self.num_steps,
-            "num_prompt_tokens_computed": self.num_prompt_tokens_computed,
-            "num_prompt_tokens_cached": self.num_prompt_tokens_cached,
-            "num_generated_tokens": self.num_generated_tokens,
-            "num_preemptions": self.num_preemptions,
-            "num_blocks_total": self.pool.num_blocks,
-            "num_blocks_used": self.pool.num_blocks - self.pool.num_free,
-            "num_blocks_cached": self.pool.num_cached,
-            "num_blocks_evicted": self.pool.num_evicted,
-            "num_blocks_copied": self.num_blocks_copied,
-            "block_size": self.config.block_size,
-        }
+        return inspection.stats(self)
 
     def check(self) -> None:
         """Verify that nothing is lost or in two places. O(blocks + requests).
@@ -365,31 +393,22 @@ class Scheduler:
         Raises:
             IntegrityError: a bug in minipaged, with what was found.
         """
-        self.pool.check(request.block_table.blocks for request in self.running)
-        known = sorted(self.requests.values(), key=_sort_key)
-        if known != sorted(self.waiting + self.running, key=_sort_key):
-            raise IntegrityError("the requests known are not those waiting or running.")
-        for queue, status in ((self.waiting, RequestStatus.WAITING), (self.running, RequestStatus.RUNNING)):
-            if queue != sorted(queue, key=_sort_key):
-                raise IntegrityError(f"the {status.value} requests are out of order.")
-            for request in queue:
-                if request.status is not status:
-                    raise IntegrityError(f"{request!r} is in the queue of {status.value} requests.")
-        for request in self.running:
-            if request.block_table.capacity < request.num_computed_tokens:
-                raise IntegrityError(f"{request!r} has blocks for {request.block_table.capacity} tokens only.")
+        inspection.check(self)
 
 
-def _sort_key(request: Request) -> tuple[int, int]:
-    return request.sort_key
+def _yields(running: Request, urgent: Request, awaited: bool) -> bool:
+    """Whether a running request makes place for a waiting one; priority is equal under ``fcfs``."""
+    if awaited:
+        return running.sort_key[:2] > urgent.sort_key[:2]
+    return running.sort_key[0] > urgent.sort_key[0]
 
 
 def _insert(queue: list[Request], request: Request) -> None:
-    bisect.insort(queue, request, key=_sort_key)
+    bisect.insort(queue, request, key=by_sort_key)
 
 
 def _delete(queue: list[Request], request: Request) -> None:
-    del queue[bisect.bisect_left(queue, request.sort_key, key=_sort_key)]
+    del queue[bisect.bisect_left(queue, request.sort_key, key=by_sort_key)]
 
 
 def _has_many_tokens(sequence: ScheduledSequence) -> bool:

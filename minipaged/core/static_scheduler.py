@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from minipaged.config import SamplingParams
 from minipaged.core.request import Request
 from minipaged.core.scheduler import Scheduler, SchedulerConfig, SchedulerOutput
 from minipaged.errors import PoolTooSmallError
@@ -27,9 +28,9 @@ class StaticScheduler(Scheduler):
         self.region_blocks = self._num_blocks(config.max_model_len)
         self.batch_size = min(config.max_num_seqs, config.num_blocks // self.region_blocks)
 
-    def check_admissible(self, num_prompt_tokens: int, max_tokens: int) -> None:
+    def check_admissible(self, num_prompt_tokens: int, params: SamplingParams) -> None:
         """As :meth:`Scheduler.check_admissible`; the pool must hold one whole region besides."""
-        super().check_admissible(num_prompt_tokens, max_tokens)
+        super().check_admissible(num_prompt_tokens, params)
         if self.batch_size == 0:
             raise PoolTooSmallError(
                 f"policy 'static' reserves max_model_len ({self.config.max_model_len} tokens, "

@@ -9,6 +9,7 @@ token once, plus what is still waiting.
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -58,6 +59,12 @@ class IncrementalDetokenizer:
         """The text still held back, now that no token will follow."""
         return self._text.flush()
 
+    def fork(self) -> IncrementalDetokenizer:
+        """A copy that goes its own way from here."""
+        twin = copy.copy(self)
+        twin._text = self._text.fork()
+        return twin
+
 
 class _ByteLevelText:
     """Byte-level BPE: every token is a string of bytes, and the text is their UTF-8 decoding."""
@@ -78,6 +85,12 @@ class _ByteLevelText:
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+    def fork(self) -> _ByteLevelText:
+        twin = copy.copy(self)
+        twin._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        twin._decoder.setstate(self._decoder.getstate())
+        return twin
 
 
 class _PieceText:
@@ -129,6 +142,11 @@ class _PieceText:
             self._waiting = []
             self._at_start = False
         return text
+
+    def fork(self) -> _PieceText:
+        twin = copy.copy(self)
+        twin._waiting = self._waiting.copy()
+        return twin
 
 
 def decoder_kinds(backend) -> set[str]:

@@ -27,13 +27,12 @@ class TokenLogprobs:
 
 def token_logprobs(row: np.ndarray, token_id: int, k: int) -> TokenLogprobs:
     """Log-softmax of finite float32 logits ``[vocab]`` at ``token_id`` and at the ``k`` likeliest."""
-    largest = row.max()
-    log_total = float(largest) + math.log(np.exp(row - largest).sum(dtype=np.float64))
+    total = log_total(row)
     chosen = row[token_id]
     rank = int(np.count_nonzero(row > chosen) + np.count_nonzero(row[: token_id + 1] == chosen))
-    ids = _likeliest(row, min(k, len(row)))
-    top = ids.tolist(), (row[ids].astype(np.float64) - log_total).tolist()
-    return TokenLogprobs(token_id, float(chosen) - log_total, rank, top)
+    ids = likeliest(row, min(k, len(row)))
+    top = ids.tolist(), (row[ids].astype(np.float64) - total).tolist()
+    return TokenLogprobs(token_id, float(chosen) - total, rank, top)
 
 
 def prompt_logprobs(logits: np.ndarray, token_ids: list[int], k: int) -> list[TokenLogprobs]:
@@ -53,7 +52,14 @@ def prompt_logprobs(logits: np.ndarray, token_ids: list[int], k: int) -> list[To
     return [token_logprobs(row, int(token_id), k) for row, token_id in zip(logits, token_ids, strict=True)]
 
 
-def _likeliest(row: np.ndarray, k: int) -> np.ndarray:
+def log_total(row: np.ndarray) -> float:
+    """Logarithm of the sum of exponentials of finite float32 logits ``[vocab]``."""
+    largest = row.max()
+    return float(largest) + math.log(np.exp(row - largest).sum(dtype=np.float64))
+
+
+def likeliest(row: np.ndarray, k: int) -> np.ndarray:
+    """The ids of the ``k`` largest, largest first; of equal ones the lower id first."""
     if k == 0:
         return np.empty(0, dtype=np.int64)
     ids = np.flatnonzero(row >= kth_largest(row, k))

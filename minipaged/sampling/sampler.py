@@ -93,7 +93,7 @@ class Sampler:
             likeliest = int(row.argmax())
         largest = float(row[likeliest])
         if not np.isfinite(largest):
-            return SampledToken(-1, error=_why_not_finite(largest))
+            return SampledToken(-1, error=why_not_finite(largest))
 
         token_id = likeliest
         if not state.params.greedy:
@@ -101,15 +101,16 @@ class Sampler:
             index = draw(weights, uniform)
             token_id = index if ids is None else int(ids[index])
         sampled = SampledToken(token_id)
-        if state.params.logprobs is not None:
-            facts = token_logprobs(raw, token_id, state.params.logprobs)
+        if state.num_logprobs is not None:
+            facts = token_logprobs(raw, token_id, state.num_logprobs)
             sampled.logprob, sampled.rank, sampled.top = facts.logprob, facts.rank, facts.top
         if with_margins:
             sampled.margin = margin(row, state.params, uniform)
         return sampled
 
 
-def _why_not_finite(largest: float) -> str:
+def why_not_finite(largest: float) -> str:
+    """What to tell the caller whose row has no finite largest logit after processing."""
     if largest == -np.inf:
         return (
             "every token is masked: allowed_token_ids, bad_words, min_tokens and structured_outputs together "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 
 
@@ -59,6 +60,10 @@ class StopChecker:
         """The text still held back, given out because no more will come."""
         held, self._held, self._node = self._held, "", 0
         return held
+
+    def fork(self) -> StopChecker:
+        """A copy that goes its own way from here; the automaton, which never changes, is shared."""
+        return copy.copy(self)
 
     def _step(self, node: int, char: str) -> int:
         """The longest prefix of a stop string that ends with ``char``, after ``node``."""

@@ -27,6 +27,7 @@ class MockEngine:
         self.config = SchedulerConfig(**{**defaults, **options})
         self.scheduler = make_scheduler(self.config, on_event)
         self.slots = [None] * (self.config.num_blocks * self.config.block_size)
+        self.host_blocks = [None] * self.config.num_host_blocks
         self.kv: dict[Request, list[int]] = {}  # what each position of each request must hold
         self.next_position: dict[Request, int] = {}  # of those running
         self.given: dict[Request, int] = {}  # tokens a request began with
@@ -113,17 +114,23 @@ class MockEngine:
         for sequence, request in zip(scheduled, requests, strict=True):
             start = sequence.num_computed_tokens
             end = start + len(sequence.token_ids)
+            swapped_in = {block_id for _, block_id in output.swap_in} & set(sequence.block_ids)
             if request in self.next_position:
                 assert start == self.next_position[request], "positions are computed in order, each once"
-            else:
+            elif not swapped_in:
                 assert start % config.block_size == 0, "a prefix hit is whole blocks"
             assert sequence.token_ids == request.token_ids[start:end] != []
             assert sequence.samples == (end == request.num_tokens)
             self.next_position[request] = end
 
     def execute(self, output, requests):
-        """Copies, reads, writes, draws: ``{request_id: [token]}``."""
+        """Swaps, copies, reads, writes, draws: ``{request_id: [token]}``."""
         size, slots = self.config.block_size, self.slots
+        for block_id, host_id in output.swap_out:
+            self.host_blocks[host_id] = slots[block_id * size : (block_id + 1) * size]
+        for host_id, block_id in output.swap_in:
+            assert self.scheduler.pool.blocks[block_id].block_hash is None, "a published block is written"
+            slots[block_id * size : (block_id + 1) * size] = self.host_blocks[host_id]
         for source, destination in output.copies:
             slots[destination * size : (destination + 1) * size] = slots[source * size : (source + 1) * size]
         for sequence, request in zip(output.scheduled, requests, strict=True):

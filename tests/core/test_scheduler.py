@@ -265,13 +265,13 @@ def test_a_fork_is_refused_whole(mock_engine):
 
 def test_refusals_carry_the_numbers(mock_engine):
     scheduler = mock_engine(num_blocks=4, block_size=4, max_model_len=20).scheduler
-    scheduler.check_admissible(13, 4)
+    scheduler.check_admissible(13, SamplingParams(max_tokens=4))
     with pytest.raises(PoolTooSmallError, match=r"14 tokens.*\(4\).*5 KV blocks of 4.*pool has 4"):
-        scheduler.check_admissible(14, 4)
+        scheduler.check_admissible(14, SamplingParams(max_tokens=4))
     with pytest.raises(PromptTooLongError, match=r"18 tokens.*\(3\) is 21.*\(20\)"):
-        scheduler.check_admissible(18, 3)
+        scheduler.check_admissible(18, SamplingParams(max_tokens=3))
     with pytest.raises(RequestError, match="no tokens"):
-        scheduler.check_admissible(0, 3)
+        scheduler.check_admissible(0, SamplingParams(max_tokens=3))
 
 
 def test_add_refuses_and_changes_nothing(mock_engine):

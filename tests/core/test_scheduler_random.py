@@ -16,7 +16,7 @@ STEPS = 1120  # for each block size and policy: 9 × 2 × 1120 > 20,000
 class Trace:
     """Random requests against one :class:`MockEngine`."""
 
-    def __init__(self, mock_engine, rng, block_size, policy, caching=True):
+    def __init__(self, mock_engine, rng, block_size, policy, caching=True, **limits):
         self.rng, self.policy = rng, policy
         num_blocks = rng.randint(2, 12) if block_size > 2 else rng.randint(8, 40)
         max_num_seqs = rng.randint(2, 8)
@@ -28,6 +28,7 @@ class Trace:
             max_num_batched_tokens=max_num_seqs + rng.choice([0, 1, block_size // 2, 3 * block_size, 300]),
             enable_prefix_caching=caching,
             policy=policy,
+            **limits,
         )
         self.scheduler = self.engine.scheduler
         self.documents = [self.tokens(3 * block_size) for _ in range(3)]
@@ -108,7 +109,7 @@ class Trace:
 def run_traces(mock_engine, seed, block_size, policy, steps, **options):
     """Traces until ``steps`` steps are done; returns how often each interesting thing happened."""
     rng = random.Random(seed)
-    seen = {"steps": 0, "preemptions": 0, "copies": 0, "hits": 0, "aborts": 0}
+    seen = {"steps": 0, "preemptions": 0, "copies": 0, "hits": 0, "aborts": 0, "swaps": 0}
     while seen["steps"] < steps:
         trace = Trace(mock_engine, rng, block_size, policy, **options)
         trace.run(100)
@@ -117,6 +118,7 @@ def run_traces(mock_engine, seed, block_size, policy, steps, **options):
         seen["copies"] += trace.scheduler.num_blocks_copied
         seen["hits"] += trace.scheduler.num_prompt_tokens_cached
         seen["aborts"] += trace.num_aborted
+        seen["swaps"] += trace.scheduler.swap.num_swapped_in
     return seen
 
 
@@ -131,6 +133,14 @@ def test_random_steps_keep_every_law(mock_engine, block_size, policy):
 def test_random_steps_without_prefix_caching(mock_engine):
     seen = run_traces(mock_engine, "no cache", 4, "fcfs", 500, caching=False)
     assert seen["preemptions"] and not seen["hits"]
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("block_size, num_host_blocks", [(1, 30), (2, 3), (4, 12), (16, 5)])
+def test_random_steps_with_swapping(mock_engine, block_size, num_host_blocks, policy):
+    options = {"num_host_blocks": num_host_blocks, "caching": num_host_blocks != 12}
+    seen = run_traces(mock_engine, f"swap {policy} {block_size}", block_size, policy, STEPS, **options)
+    assert seen["preemptions"] and seen["swaps"] and seen["aborts"]
 
 
 def test_colliding_hashes_never_give_a_false_hit(mock_engine, monkeypatch):

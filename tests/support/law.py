@@ -26,13 +26,18 @@ class Expected:
 
 
 def record_margins(engine: Engine) -> dict[str, list[float]]:
-    """Make an engine's sampler note its margins: request id -> one for each generated token."""
+    """Make an engine's sampler note its margins: request id -> one for each generated token; of
+    continuation ``i`` above 0, under ``"<request id>/<i>"``."""
     margins: dict[str, list[float]] = {}
     sample = engine.sampler.sample
 
     def sample_with_margins(logits, states):
         tokens = sample(logits, states, with_margins=True)
-        owners = {id(s.sampling): sequence_id for sequence_id, s in engine._sequences.items()}
+        owners = {
+            id(sequence.sampling): f"{request_id}/{index}" if index else request_id
+            for request_id, group in engine._groups.items()
+            for index, sequence in enumerate(group.sequences)
+        }
         for state, token in zip(states, tokens, strict=True):
             margins.setdefault(owners[id(state)], []).append(token.margin)
         return tokens
