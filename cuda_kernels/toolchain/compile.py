@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass
 
 from cuda_kernels.kernel import Kernel
+from cuda_kernels.toolchain import ptx_cache
 
 Capability = tuple[int, int]
 
@@ -44,7 +45,7 @@ _compiled: dict[tuple[int, Capability], tuple[Kernel, str]] = {}
 def compile_ptx(kernel: Kernel, cc: Capability) -> str:
     """PTX of ``kernel`` for compute capability ``cc``, its entry named ``kernel.entry``.
 
-    Compiled once per kernel object and ``cc``. Raises :class:`CompileError` when the card's generation is too
+    Compiled once and kept on disk (``ptx_cache.py``). Raises :class:`CompileError` when the card's generation is too
     old for the kernel or Numba refuses it.
     """
     cc = tuple(cc)
@@ -53,7 +54,13 @@ def compile_ptx(kernel: Kernel, cc: Capability) -> str:
         raise CompileError(f"{kernel.entry} needs {needed} or newer, not {given}")
     key = (id(kernel), cc)
     if key not in _compiled:
-        _compiled[key] = (kernel, _compile(kernel, cc))  # the kernel is kept alive, so its id stays its own
+        file_key = ptx_cache.key_of(kernel, cc)
+        ptx = ptx_cache.read(file_key) if file_key else None
+        if ptx is None:
+            ptx = _compile(kernel, cc)
+            if file_key:
+                ptx_cache.write(file_key, ptx)
+        _compiled[key] = (kernel, ptx)  # the kernel is kept alive, so its id stays its own
     return _compiled[key][1]
 
 
