@@ -12,7 +12,6 @@ import random
 import time
 
 from minipaged.bench.summary import median, summary
-from minipaged.bench.throughput import use_policy
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import ConfigError
@@ -109,7 +108,7 @@ def _steps(
     engine: Engine, params: SamplingParams, batch_size: int, prompt_len: int, num_steps: int, sampling, telling
 ) -> list[dict]:
     """Decode steps of a fresh batch, after some that are not counted."""
-    use_policy(engine, engine.config.policy)
+    engine.use_policy(engine.config.policy)
     rng = random.Random(0)
     groups = []
     for _ in range(batch_size):
