@@ -79,12 +79,13 @@ class Engine:
         self._grammars = GrammarCompiler(self.model.tokenizer, vocab_size, eos_token_ids)
         self._groups: dict[str, SequenceGroup] = {}
         self._numbers = itertools.count()
+        self._num_requests_finished = 0
         self._step_seconds = 0.0
 
-    def use_policy(self, policy: str) -> None:
+    def use_policy(self, policy: str, enable_prefix_caching: bool | None = None) -> None:
         """Give an idle engine a fresh scheduler (and so an empty pool and prefix cache)."""
         # "static" switches prefix caching off in its own copy of the limits, so take that from the options.
-        caching = self.config.enable_prefix_caching
+        caching = self.config.enable_prefix_caching if enable_prefix_caching is None else enable_prefix_caching
         self._use(dataclasses.replace(self.scheduler.config, policy=policy, enable_prefix_caching=caching))
 
     def _use(self, limits: SchedulerConfig) -> None:
@@ -246,6 +247,7 @@ class Engine:
         for group in touched.values():
             if group.finished:
                 del self._groups[group.request_id]
+                self._num_requests_finished += group.error is None
         return [group.build() for group in touched.values() if group.finished or group.stream]
 
     def _prompt_wanted(self, plan: SchedulerOutput) -> dict[str, int]:
@@ -299,12 +301,18 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters and gauges of this moment (a copy)."""
+        num_running = len({self._live[request.request_id].group for request in self.scheduler.running})
+        requests = {  # not sequences, which the scheduler counts
+            "num_requests_waiting": len(self._groups) - num_running,
+            "num_requests_running": num_running,
+            "num_requests_finished": self._num_requests_finished,
+        }
         return EngineStats(
             device=self.backend.name,
             kv_cache_bytes=self.runner.kv_cache.nbytes,
             weight_bytes=self.runner.weight_bytes,
             step_seconds=self._step_seconds,
-            **self.scheduler.stats(),
+            **(self.scheduler.stats() | requests),
         )
 
     # -- helpers ----------------------------------------------------------------------------------
