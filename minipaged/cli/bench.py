@@ -36,6 +36,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_memory(_add(kinds, "memory", _memory, "reserved KV slots that hold no token, paged and contiguous"))
     _configure_roofline(_add(kinds, "roofline", _roofline, "products of the cpu backend against this machine's peaks"))
     _configure_compare(_add(kinds, "compare", _compare, "other engines on the same work, in turn with ours"))
+    _configure_sharing(_add(kinds, "sharing", _sharing, "KV blocks saved by samples, beams and prompts that share"))
     _configure_grammar(_add(kinds, "grammar", _grammar, "what masking by a JSON schema adds to a decode step"))
     _configure_quality(_add(kinds, "quality", _quality, "perplexity and greedy agreement of each precision"))
 
@@ -109,6 +110,13 @@ def _configure_quality(parser: argparse.ArgumentParser) -> None:
     add_engine_options(parser, omit=(*OMITTED_ENGINE_OPTIONS, *MODE_OPTIONS, "enable_prefix_caching"))
 
 
+def _configure_sharing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-requests", type=positive_int, default=32, metavar="N", help="searched with beams; 32")
+    parser.add_argument("--num-sampled", type=positive_int, default=256, metavar="N", help="with several samples; 256")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and tokens (default: 0)")
+    add_engine_options(parser, omit=(*OMITTED_ENGINE_OPTIONS, "enable_prefix_caching"))
+
+
 def _configure_grammar(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive_int, default=16, metavar="N", help="sequences (default: 16)")
     parser.add_argument("--prompt-len", type=positive_int, default=128, metavar="N", help="tokens of each; 128")
@@ -129,7 +137,7 @@ def _configure_compare(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KIND=PROGRAM[:MODEL][,OPTION=VALUE...]",
-        help="openvino, transformers or llamacpp, the Python (or node) that has it, its model; repeatable",
+        help="openvino, transformers or llamacpp, the Python that has it, its model; repeatable",
     )
     parser.add_argument("--model", default=EngineConfig.model, metavar="NAME", help="also of a peer that names none")
     parser.add_argument(
@@ -236,6 +244,18 @@ def _grammar(args: argparse.Namespace) -> tuple[str, dict]:
     )
     result = {"bench": "grammar", "context": context, **result}
     return report.context_text(context) + "\n" + report.grammar_text(result), result
+
+
+def _sharing(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench import report, sharing
+    from minipaged.engine import Engine
+
+    engine = Engine(EngineConfig(**given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)))
+    context = report.context(engine)
+    counts = {"num_requests": args.num_requests, "num_sampled": args.num_sampled}
+    result = sharing.measure(engine, **counts, seed=args.seed, progress=note)
+    result = {"bench": "sharing", "context": context, **result}
+    return report.context_text(context) + "\n" + report.sharing_text(result), result
 
 
 def _memory(args: argparse.Namespace) -> tuple[str, dict]:

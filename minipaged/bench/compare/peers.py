@@ -16,9 +16,9 @@ from minipaged.bench.compare.trace import Timing
 from minipaged.errors import BackendUnavailableError, BenchmarkError, ConfigError
 
 RUNNERS = Path(__file__).with_name("runners")
-# The script of each kind of engine, run by the program that the user names (a Python; node for llama.cpp).
+# The script of each kind of engine, run by the Python that the user names.
 SCRIPTS = {
-    "llamacpp": "run_llamacpp.mjs",
+    "llamacpp": "run_llamacpp.py",
     "minipaged": "run_minipaged.py",
     "openvino": "run_openvino.py",
     "transformers": "run_transformers.py",
@@ -56,7 +56,7 @@ def parse_peer(text: str, default_model: str) -> PeerSpec:
     program, _, model = where.partition(":")
     if not os.access(program, os.X_OK) or Path(program).is_dir():
         raise ConfigError(
-            f"peer {text!r}: {program!r} is not a program; name the Python (llamacpp: the node) that has it."
+            f"peer {text!r}: {program!r} is not a program; name the Python that has it."
         )
     name = options.pop("name", kind)
     return PeerSpec(name, kind, program, model or default_model, options)
