@@ -25,17 +25,18 @@ class WeightPacker:
 
     def __init__(self, weight_format: str):
         self.weight_format = weight_format
+        self._arena = packing.Arena()
 
     def __call__(self, matrix: np.ndarray, role: str) -> PackedWeight | np.ndarray:
         if role == "embedding":
             return matrix if self.weight_format == "float32" else packing.to_bfloat16(matrix)
-        return packing.pack(self._format(role), matrix)
+        return packing.pack(self._format(role), matrix, self._arena)
 
     def start(self, num_rows: int, num_columns: int, role: str) -> PackedRows | None:
         """Somewhere to read the tensors of a matrix to; ``None`` if it is needed as a whole."""
         if role == "embedding":
             return None
-        return PackedRows(packing.allocate(self._format(role), num_rows, num_columns))
+        return PackedRows(packing.allocate(self._format(role), num_rows, num_columns, self._arena))
 
     def _format(self, role: str) -> str:
         return "int8" if (self.weight_format, role) == ("int4", "lm_head") else self.weight_format

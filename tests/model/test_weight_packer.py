@@ -18,6 +18,7 @@ from minipaged.model.gguf import GGUFFile
 from minipaged.model.packed_weights import named_arrays
 from minipaged.model.safetensors_file import SafetensorsSource
 from minipaged.model.weight_packer import WeightPacker
+from minipaged.ops.cpu import packing
 from tests.support.gguf_files import letters_vocabulary, write_gguf
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
@@ -139,6 +140,7 @@ def test_an_infinite_scale_is_refused(tmp_path):
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
 def test_no_float_copy_is_made(tmp_path, monkeypatch, weight_format):
     monkeypatch.setattr(slabs, "SLAB_ELEMENTS", 1 << 13)
+    monkeypatch.setattr(packing.Arena, "PIECE", 1)  # each array by itself: no room is set aside for others
     file = llama_file(tmp_path / "model.gguf", Type.Q4_0)
     config = config_from_hf(file.hf_config())
     weights = load_weights(config, file, WeightPacker(weight_format))

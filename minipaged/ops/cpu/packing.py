@@ -18,6 +18,7 @@ The layout is the same at every level, so a packed file serves any CPU. Arrays s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,18 +103,42 @@ def aligned_zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return buffer[start : start + nbytes].view(dtype).reshape(shape)
 
 
-def allocate(format: str, num_rows: int, num_columns: int) -> PackedWeight:
-    """A packed weight of zeros, to be filled by :func:`pack_rows`."""
+class Arena:
+    """Gives out zeros, as :func:`aligned_zeros` does, side by side in large pieces of memory.
+
+    A step reads all weights in sequence, and in pages of 4 KiB each costs a look at the page table.
+    NumPy asks Linux for pages of 2 MiB, but only for arrays that are large enough to have some; most
+    matrices of a small model are not. (SmolLM2 int8, one user: products take 6 to 14% less time.)
+    The memory of a piece is given back when the last of its arrays goes.
+    """
+
+    PIECE = 8 << 20
+
+    def __init__(self):
+        self._rest = np.zeros(0, np.uint8)
+
+    def __call__(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        size = round_up(int(np.prod(shape)) * dtype.itemsize, ALIGNMENT)
+        if size >= self.PIECE:
+            return aligned_zeros(shape, dtype)
+        if size > self._rest.size:
+            self._rest = aligned_zeros((self.PIECE,), np.dtype(np.uint8))
+        array, self._rest = self._rest[:size], self._rest[size:]
+        return array[: int(np.prod(shape)) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def allocate(format: str, num_rows: int, num_columns: int, zeros: Callable = aligned_zeros) -> PackedWeight:
+    """A packed weight of zeros, to be filled by :func:`pack_rows`; ``zeros``: as :func:`aligned_zeros`."""
     shapes = array_shapes(format, num_rows, num_columns)
-    arrays = {name: aligned_zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    arrays = {name: zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
     if format == "int4":
         arrays["data"].fill(0x88)  # q = 8 stands for zero
     return PackedWeight(format, num_rows, num_columns, **arrays)
 
 
-def pack(format: str, weight: np.ndarray) -> PackedWeight:
-    """Pack a whole float32 ``weight [N, K]``."""
-    packed = allocate(format, *weight.shape)
+def pack(format: str, weight: np.ndarray, zeros: Callable = aligned_zeros) -> PackedWeight:
+    """Pack a whole float32 ``weight [N, K]``; ``zeros``: as :func:`aligned_zeros`."""
+    packed = allocate(format, *weight.shape, zeros)
     pack_rows(packed, weight, 0)
     return packed
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minipaged.errors import ConfigError
+from minipaged.ops.cpu import packing
 from minipaged.ops.cpu.packing import allocate, array_shapes, pack, pack_rows, quantise_groups, to_bfloat16
 from minipaged.ops.cpu.products import FORMATS
 from tests.support.cpu_products import bfloat16_values, unpacked
@@ -85,3 +86,13 @@ def test_bfloat16_rounds_to_nearest_even():
 def test_unknown_format():
     with pytest.raises(ConfigError, match="no weight format 'int3'"):
         allocate("int3", 4, 4)
+
+
+def test_an_arena_gives_zeros_that_share_no_byte_and_begin_at_cache_lines():
+    arena = packing.Arena()
+    shapes = [(3, 5), (1,), (7, 11), (packing.Arena.PIECE // 4 - 8,), (packing.Arena.PIECE,), (2, 2)]
+    arrays = [arena(shape, np.dtype(np.float32)) for shape in shapes]
+    for i, (array, shape) in enumerate(zip(arrays, shapes, strict=True)):
+        assert array.shape == shape and array.ctypes.data % packing.ALIGNMENT == 0 and not array.any()
+        array.fill(i + 1)
+    assert all((array == i + 1).all() for i, array in enumerate(arrays))
