@@ -170,6 +170,32 @@ def quality_text(result: dict) -> str:
     )
 
 
+def sharing_text(result: dict) -> str:
+    """One row for each distribution, method and width, beside the paper's number."""
+    rows = [
+        [
+            f"{row['distribution']} ({row['mean_prompt_len']:.0f} + {row['mean_output_len']:.0f})",
+            row["num_requests"],
+            row["method"],
+            row["width"],
+            f"{row['mean_blocks_unshared']:.1f}",
+            f"{row['mean_blocks']:.1f}",
+            f"{row['saved']:.1%}",
+            "" if row["paper"] is None else f"{row['paper']:.1%}",
+        ]
+        for row in result["rows"]
+    ]
+    headers = ["lengths", "requests", "method", "width", "blocks, unshared", "blocks", "saved", "paper"]
+    prefix = result["prefix"]
+    return (
+        f"random prompts, seed {result['seed']}; blocks are means over steps\n\n"
+        + table(headers, rows, right=(1, 3, 4, 5, 6, 7))
+        + f"\n\n{prefix['num_requests']} requests that begin with the same {prefix['prefix_len']} tokens: "
+        f"{prefix['hit_rate']:.1%} of the prompt tokens came from the prefix cache, "
+        f"{prefix['saved']:.1%} of the blocks were saved"
+    )
+
+
 def grammar_text(result: dict) -> str:
     """One row for each of the two batches, and the cost."""
     rows = [
