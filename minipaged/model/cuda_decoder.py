@@ -11,16 +11,18 @@ from functools import lru_cache
 
 import numpy as np
 
+from cuda_kernels import packing
 from minipaged.model.config import LayerConfig, ModelConfig
 from minipaged.model.rope import rope_tables
 from minipaged.model.weights import LayerWeights, ModelWeights
+from minipaged.ops.cuda.attention import PLAIN, AttentionShape, decode_shape, make_tiles, uses_tensor_cores
 from minipaged.ops.cuda.buffers import Buffers
 from minipaged.ops.cuda.device import Call, Device, DeviceArray, Recording
-from minipaged.ops.cuda.inputs import StepInputs
+from minipaged.ops.cuda.inputs import StepInputs, max_tiles
 from minipaged.ops.cuda.kv import CudaKVCache
 from minipaged.ops.cuda.memory import MAX_LOGITS_ROWS
 from minipaged.ops.cuda.plan import Plan
-from minipaged.ops.cuda.weights import DeviceWeight, pack, to_device, total_bytes
+from minipaged.ops.cuda.weights import DeviceWeight, to_device, total_bytes
 from minipaged.ops.interface import Batch
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -56,23 +58,18 @@ class CudaDecoder:
         self.use_graphs = use_graphs
         self.max_num_tokens = max_num_tokens
         self._buckets = [size for size in BUCKETS if size <= max_num_tokens]
-        self._graphs: dict[int, Recording | None] = {}
+        self._graphs: dict[tuple[int, AttentionShape], Recording | None] = {}
         self._ropes: dict[int, tuple[DeviceArray, DeviceArray]] = {}
         for layer in config.layers:
             if layer.rope is not None and id(layer.rope) not in self._ropes:
                 cos, sin = rope_tables(layer.rope, max_model_len)
                 self._ropes[id(layer.rope)] = DeviceArray.from_host(device, cos), DeviceArray.from_host(device, sin)
-        positions, weights.positions = weights.positions, None
-        self.weights: ModelWeights = to_device(device, weights)
-        if positions is not None:
-            self.weights.positions = DeviceArray.from_host(device, pack(activation, positions)[0])
-        for layer in self.weights.layers:
-            if layer.experts is not None:
-                router = layer.experts.router
-                layer.experts.router = DeviceWeight("float32", *router.shape, router)
+        self.weights = _weights_on_device(device, weights, activation)
         num_logits = min(max_num_tokens, MAX_LOGITS_ROWS)
         self.buffers = Buffers(device, config, activation, max_num_tokens, num_logits)
-        self.inputs = StepInputs(device, max_num_tokens, -(-max_model_len // kv_cache.block_size))
+        max_blocks = -(-max_model_len // kv_cache.block_size)
+        self.inputs = StepInputs(device, max_num_tokens, max_tiles(config, max_num_tokens), max_blocks)
+        self._tensor_cores = uses_tensor_cores(device.compute_capability, activation, kv_cache.layout.dtype)
         self._logits_host = device.host_array(self.buffers.logits.nbytes).view(np.float32)
         self._plan = lru_cache(maxsize=PLANS_KEPT)(self._make_plan)
 
@@ -90,12 +87,11 @@ class CudaDecoder:
         assert kv_cache is self.kv_cache, "plans point to the cache that the decoder was made with"
         num_tokens, num_logits = len(batch.input_ids), len(batch.logits_indices)
         bucket = self._bucket(batch)
+        shape = self._send(batch, bucket or num_tokens)
         if bucket is not None:
-            self.inputs.send(batch, bucket)
-            self._launch(bucket)
+            self._launch(bucket, shape)
             return self._fetch(num_logits)
-        self.inputs.send(batch, num_tokens)
-        self.device.run(self._plan(num_tokens, num_logits))
+        self.device.run(self._plan(num_tokens, num_logits, shape))
         if num_logits == 0:
             self.device.synchronize()  # the next step's inputs take the place of this one's
             return np.empty((0, self.config.vocab_size), np.float32)
@@ -121,16 +117,28 @@ class CudaDecoder:
             return None
         return min((bucket for bucket in self._buckets if bucket >= size), default=None)
 
-    def _launch(self, bucket: int) -> None:
+    def _send(self, batch: Batch, num_rows: int) -> AttentionShape:
+        """Send a step of ``num_rows`` rows, padding included; returns what its attention is like."""
+        tiles, shape = np.zeros((0, 2), np.int32), PLAIN
+        if self._tensor_cores:
+            decode = len(batch.context_lens) == len(batch.input_ids)
+            tiles = make_tiles(self.config, batch, num_rows, decode)
+            shape = AttentionShape("prefill", len(tiles))
+            if decode:
+                shape = decode_shape(self.config, num_rows, int(batch.context_lens.max()))
+        self.inputs.send(batch, num_rows, tiles)
+        return shape
+
+    def _launch(self, bucket: int, shape: AttentionShape) -> None:
         """Repeat the graph of a bucket; the first time, run its launches (which compiles them) and record."""
-        graph = self._graphs.get(bucket)
+        graph = self._graphs.get((bucket, shape))
         if graph is not None:
             graph.launch()
             return
-        calls = [*self._plan(bucket, bucket), *self._logits_plan(0, bucket)]
+        calls = [*self._plan(bucket, bucket, shape), *self._logits_plan(0, bucket)]
         self.device.run(calls)
-        if bucket not in self._graphs:
-            self._graphs[bucket] = self.device.record(calls)
+        if (bucket, shape) not in self._graphs:
+            self._graphs[bucket, shape] = self.device.record(calls)
 
     def _fetch(self, num_rows: int) -> np.ndarray:
         """A copy of the logits that the device has just computed."""
@@ -142,10 +150,10 @@ class CudaDecoder:
 
     # -- plans ------------------------------------------------------------------------------------
 
-    def _make_plan(self, num_tokens: int, num_logits: int) -> list[Call]:
+    def _make_plan(self, num_tokens: int, num_logits: int, shape: AttentionShape) -> list[Call]:
         """All layers, for so many rows; leaves the rows whose logits are wanted in ``normed``."""
         config, b = self.config, self.buffers
-        plan = Plan(self.device, self.activation, num_tokens)
+        plan = Plan(self.device, self.activation, num_tokens, shape)
         plan.embedding(self.inputs, self.weights.embedding, self.weights.positions, b.hidden, config.embedding_scale)
         hidden, output, branch = b.hidden, b.output, {}
         for i, (layer, weights) in enumerate(zip(config.layers, self.weights.layers, strict=True)):
@@ -176,7 +184,7 @@ class CudaDecoder:
         rope = None if layer.rope is None else self._ropes[id(layer.rope)]
         norms = (weights.q_norm, weights.k_norm) if config.qk_norm else None
         plan.rope_kv(config, layout, self.inputs, b.qkv, rope, norms, b.q, cache, config.norm_eps)
-        plan.attention(config, layout, self.inputs, b.q, cache, b.attended, layer.sliding_window)
+        plan.attention(config, layout, self.inputs, b.q, cache, b.attended, b.workspace, layer.sliding_window)
         return self._into_residual(plan, b.attended, weights.o, b.hidden, b.output, weights.post_attention_norm)
 
     def _feed_forward(self, plan: Plan, layer: LayerConfig, weights: LayerWeights, hidden, output) -> dict:
@@ -212,3 +220,20 @@ class CudaDecoder:
         if config.final_soft_cap is not None:
             plan.soft_cap(b.logits, config.vocab_size, config.final_soft_cap)
         return plan.calls
+
+
+def _weights_on_device(device: Device, weights: ModelWeights, activation: str) -> ModelWeights:
+    """The vectors beside the matrices, and what is neither: routers, position embeddings."""
+    positions, weights.positions = weights.positions, None
+    for layer in weights.layers:
+        gate_up = layer.gate_up
+        if gate_up is not None and gate_up.bias is not None and gate_up.weight.interleaved:
+            gate_up.bias = packing.interleave_gated(gate_up.bias[:, None])[:, 0]
+    moved: ModelWeights = to_device(device, weights)
+    if positions is not None:
+        moved.positions = DeviceArray.from_host(device, packing.to_bits(activation, positions))
+    for layer in moved.layers:
+        if layer.experts is not None:
+            router = layer.experts.router
+            layer.experts.router = DeviceWeight("float32", *router.shape, router)
+    return moved

@@ -38,9 +38,10 @@ class TensorSource(Protocol):
 class Pack(Protocol):
     """``pack(matrix, role)``: a backend's own form of a float32 matrix ``[out, in]``, kept in its place.
 
-    Roles: ``"linear"``; ``"lm_head"``, which is the embedding too where the two are tied; ``"embedding"``
-    where they are not. Vectors, position embeddings and routers stay float32 arrays. With an attribute
-    ``stacks`` that is true, all experts of a layer are given at once, ``[E, out, in]``.
+    Roles: ``"linear"``; ``"gated"``, the rows of a gate, then those that it multiplies; ``"lm_head"``, which
+    is the embedding too where the two are tied; ``"embedding"`` where they are not. Vectors, position
+    embeddings and routers stay float32 arrays. With an attribute ``stacks`` that is true, all experts of a
+    layer are given at once, ``[E, out, in]``.
     """
 
     def __call__(self, matrix: np.ndarray, role: str) -> Any: ...

@@ -50,7 +50,7 @@ ERRORS = {
     218: (b"CUDA_ERROR_INVALID_PTX", b"a PTX JIT compilation failed"),
     700: (b"CUDA_ERROR_ILLEGAL_ADDRESS", b"an illegal memory access was encountered"),
 }
-I, U, P, S, U64 = ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
+INT, U, P, S, U64 = ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
 BYTE = ctypes.c_ubyte
 CONTEXT, DEVICE = 0xC0, 0
 
@@ -100,29 +100,29 @@ class FakeDriver:
         pass
 
     def cuDriverGetVersion(self, out: P):
-        write(out, I, self.version)
+        write(out, INT, self.version)
 
     def cuDeviceGetCount(self, out: P):
-        write(out, I, self.num_devices)
+        write(out, INT, self.num_devices)
 
-    def cuDeviceGet(self, out: P, number: I):
+    def cuDeviceGet(self, out: P, number: INT):
         require(0 <= number < self.num_devices)
-        write(out, I, DEVICE)
+        write(out, INT, DEVICE)
 
-    def cuDeviceGetName(self, out: P, size: I, device: I):
+    def cuDeviceGetName(self, out: P, size: INT, device: INT):
         name = b"Imaginary card\0"
         ctypes.memmove(out, name, min(len(name), size))
 
-    def cuDeviceGetAttribute(self, out: P, attribute: I, device: I):
+    def cuDeviceGetAttribute(self, out: P, attribute: INT, device: INT):
         values = {75: self.capability[0], 76: self.capability[1], 16: 108}
         require(attribute in values)
-        write(out, I, values[attribute])
+        write(out, INT, values[attribute])
 
-    def cuDevicePrimaryCtxRetain(self, out: P, device: I):
+    def cuDevicePrimaryCtxRetain(self, out: P, device: INT):
         self.retained += 1
         write(out, P, CONTEXT)
 
-    def cuDevicePrimaryCtxRelease(self, device: I):
+    def cuDevicePrimaryCtxRelease(self, device: INT):
         require(self.retained > 0)
         self.retained -= 1
 
@@ -203,7 +203,7 @@ class FakeDriver:
         self._not_capturing()
         ptx = ctypes.string_at(image).decode()
         if ".entry" not in ptx:
-            names = (I * count).from_address(options)
+            names = (INT * count).from_address(options)
             pointers = (P * count).from_address(values)
             given = dict(zip(names, pointers, strict=True))
             text = b"ptxas fatal: no entry\0"
@@ -225,7 +225,7 @@ class FakeDriver:
     def cuModuleUnload(self, module: P):
         require(self.modules.pop(module, None) is not None)
 
-    def cuFuncSetAttribute(self, function: P, attribute: I, value: I):
+    def cuFuncSetAttribute(self, function: P, attribute: INT, value: INT):
         require(function in self.functions and attribute == 8)  # MAX_DYNAMIC_SHARED_SIZE_BYTES
         self.dynamic_shared[function] = value
 
@@ -259,7 +259,7 @@ class FakeDriver:
                 memory=self.memory,
             )  # fmt: skip
 
-    def cuStreamBeginCapture(self, stream: P, mode: I):
+    def cuStreamBeginCapture(self, stream: P, mode: INT):
         self._need_context()
         self._not_capturing()
         self.capturing = []
@@ -289,10 +289,10 @@ class FakeDriver:
 
     # -- errors -----------------------------------------------------------------------------------
 
-    def cuGetErrorName(self, status: I, out: P):
+    def cuGetErrorName(self, status: INT, out: P):
         self._error_text(status, 0, out)
 
-    def cuGetErrorString(self, status: I, out: P):
+    def cuGetErrorString(self, status: INT, out: P):
         self._error_text(status, 1, out)
 
     def _error_text(self, status, index, out):
@@ -371,4 +371,4 @@ def _callback(name: str):
             return failure.args[0]
         return 0
 
-    return ctypes.CFUNCTYPE(I, *kinds)(call)
+    return ctypes.CFUNCTYPE(INT, *kinds)(call)

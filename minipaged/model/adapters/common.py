@@ -179,9 +179,11 @@ def embeddings(config: ModelConfig, tensors: TensorReader, name: str, head: str 
     return embedding, tensors.matrix([(head, shape[0])], shape[1], role="lm_head")
 
 
-def linear(tensors: TensorReader, parts: list[tuple[str, int]], columns: int, bias: bool) -> Linear:
+def linear(
+    tensors: TensorReader, parts: list[tuple[str, int]], columns: int, bias: bool, role: str = "linear"
+) -> Linear:
     """Several projections of one input stacked into one."""
-    weight = tensors.matrix([(f"{name}.weight", rows) for name, rows in parts], columns)
+    weight = tensors.matrix([(f"{name}.weight", rows) for name, rows in parts], columns, role=role)
     return Linear(weight, tensors.rows([(f"{name}.bias", rows) for name, rows in parts]) if bias else None)
 
 
@@ -200,6 +202,6 @@ def mlp(config: ModelConfig, tensors: TensorReader, prefix: str, layer: LayerCon
     if tensors.has(f"{prefix}gate_up_proj.weight"):  # Phi-3 stores them stacked
         parts = [(f"{prefix}gate_up_proj", 2 * inner)]
     return {
-        "gate_up": linear(tensors, parts, config.hidden_size, config.mlp_bias),
+        "gate_up": linear(tensors, parts, config.hidden_size, config.mlp_bias, role="gated"),
         "down": linear(tensors, [(f"{prefix}down_proj", config.hidden_size)], inner, config.mlp_bias),
     }

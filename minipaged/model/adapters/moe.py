@@ -106,14 +106,14 @@ def _mlp(config: ModelConfig, tensors: TensorReader, prefix: str, layer: LayerCo
     return {
         "experts": Experts(
             router=tensors.rows([(f"{prefix}gate.weight", count)], hidden),
-            gate_up=_experts_packed(tensors, tensors.array((count, 2 * inner, hidden), gate_up_parts)),
+            gate_up=_experts_packed(tensors, tensors.array((count, 2 * inner, hidden), gate_up_parts), "gated"),
             down=_experts_packed(tensors, tensors.array((count, hidden, inner), down_parts)),
         )
     }
 
 
-def _experts_packed(tensors: TensorReader, matrices: np.ndarray):
+def _experts_packed(tensors: TensorReader, matrices: np.ndarray, role: str = "linear"):
     """One array for all experts, or a list of packed matrices where the backend packs (or its packed stack)."""
     if getattr(tensors.pack, "stacks", False):
-        return tensors.packed(matrices)
-    return matrices if tensors.pack is None else [tensors.packed(matrix) for matrix in matrices]
+        return tensors.packed(matrices, role)
+    return matrices if tensors.pack is None else [tensors.packed(matrix, role) for matrix in matrices]

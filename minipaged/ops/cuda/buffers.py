@@ -6,6 +6,7 @@ import numpy as np
 
 from cuda_kernels.dtypes import BYTES
 
+from .attention import workspace_floats
 from .device import Device, DeviceArray
 
 
@@ -16,6 +17,7 @@ class Buffers:
         qkv              [T, heads, head_dim] float32  q, attended  [T, num_heads, head_dim] A
         inner            [T, intermediate_size] A      logits    [num_logits, vocab_size] float32
         last_hidden, last_output   the rows of hidden and output whose logits are wanted
+        workspace        [floats] float32              what attention keeps between chunks
 
     and those of a mixture of experts (:mod:`cuda_kernels.moe`).
     """
@@ -58,6 +60,7 @@ def shapes(config, activation: str, tokens: int, num_logits: int) -> dict[str, t
         "attended": ((tokens, config.num_heads, config.head_dim), act),
         "inner": ((inner,), act),
         "logits": ((num_logits, config.vocab_size), f4),
+        "workspace": ((workspace_floats(config) if activation != "float32" else 1,), f4),
     }
     if moe:
         made |= {

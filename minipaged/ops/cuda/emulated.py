@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from cuda_kernels.kernel import Kernel
-from cuda_kernels.toolchain.compile import compile_ptx
 from cuda_kernels.toolchain.interpreter import KernelFault, PTXError, launch
 from cuda_kernels.toolchain.memory import DeviceMemory, DeviceMemoryError
 from minipaged.errors import DeviceError, OutOfDeviceMemoryError
 
+from .compiled import compiled
 from .device import Call, scalar_type
 
 MEMORY_BYTES = 4 << 30
@@ -72,7 +72,7 @@ class EmulatedDevice:
         self._memory.fill(address, nbytes, byte)
 
     def function(self, kernel: Kernel) -> str:
-        return compile_ptx(kernel, self.compute_capability)
+        return compiled(kernel, self.compute_capability)
 
     def run(self, calls: Sequence[Call]) -> None:
         for call in calls:

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from cuda_kernels.kernel import Kernel
-from cuda_kernels.toolchain.compile import compile_ptx
 from minipaged.errors import DeviceError, OutOfDeviceMemoryError
 
+from .compiled import compiled
 from .device import Call
 
 STATIC_SHARED_LIMIT = 48 * 1024  # bytes of shared memory a block; for more, a kernel must ask
@@ -84,7 +84,7 @@ class HardwareDevice:
 
     def function(self, kernel: Kernel):
         if id(kernel) not in self._functions:
-            ptx = compile_ptx(kernel, compile_target(self.compute_capability))
+            ptx = compiled(kernel, compile_target(self.compute_capability))
             module = self._load(kernel.entry, ptx)
             function = self._call("cuModuleGetFunction", module, kernel.entry.encode())
             if kernel.shared_bytes > STATIC_SHARED_LIMIT:

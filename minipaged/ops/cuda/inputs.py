@@ -2,14 +2,17 @@
 
 ::
 
-    input_ids       int32 [N]       -1: padding, a row that no sequence has
-    positions       int32 [N]       -1: padding
-    slot_mapping    int64 [N]       -1: K and V are not stored
-    sequences       int32 [N]       row of block_tables
-    logits_indices  int32 [N]
-    block_tables    int32 [N, max_blocks]      last, so that only the rows in use are sent
+    input_ids        int32 [N]       -1: padding, a row that no sequence has
+    positions        int32 [N]       -1: padding
+    slot_mapping     int64 [N]       -1: K and V are not stored
+    sequences        int32 [N]       row of block_tables
+    logits_indices   int32 [N]
+    query_start_loc  int32 [N + 1]   a padding row is a sequence of its own, with nothing in its context
+    context_lens     int32 [N]
+    tiles            int32 [M, 2]    of attention (attention.py)
+    block_tables     int32 [N, max_blocks]      last, so that only the rows in use are sent
 
-for at most N tokens. Addresses never change: a recorded graph reads what was sent last.
+for at most N tokens and M tiles. Addresses never change: a recorded graph reads what was sent last.
 """
 
 from __future__ import annotations
@@ -20,61 +23,91 @@ from minipaged.ops.interface import Batch
 
 from .device import Device, DeviceArray
 
-FIELDS = (("input_ids", 4), ("positions", 4), ("slot_mapping", 8), ("sequences", 4), ("logits_indices", 4))
 ALIGNMENT = 256  # bytes
 
 
-def input_bytes(max_num_tokens: int, max_blocks: int) -> int:
+def _field_bytes(max_num_tokens: int, max_num_tiles: int) -> dict[str, tuple[str, int]]:
+    """Type and bytes of each field but the last."""
+    counts = {
+        "input_ids": ("i4", max_num_tokens),
+        "positions": ("i4", max_num_tokens),
+        "slot_mapping": ("i8", max_num_tokens),
+        "sequences": ("i4", max_num_tokens),
+        "logits_indices": ("i4", max_num_tokens),
+        "query_start_loc": ("i4", max_num_tokens + 1),
+        "context_lens": ("i4", max_num_tokens),
+        "tiles": ("i4", 2 * max_num_tiles),
+    }
+    return {name: (kind, -(-int(kind[1]) * n // ALIGNMENT) * ALIGNMENT) for name, (kind, n) in counts.items()}
+
+
+def max_tiles(config, max_num_tokens: int) -> int:
+    """Tiles of a step, at most: no tile is empty, and the rows of a token are its query heads of a KV head."""
+    return max_num_tokens * -(-config.num_heads // config.num_kv_heads // 8)
+
+
+def input_bytes(max_num_tokens: int, max_num_tiles: int, max_blocks: int) -> int:
     """Bytes of the memory that :class:`StepInputs` takes, here and on the device."""
-    return sum(_field_bytes(item_bytes, max_num_tokens) for _, item_bytes in FIELDS) + 4 * max_num_tokens * max_blocks
-
-
-def _field_bytes(item_bytes: int, max_num_tokens: int) -> int:
-    return -(-item_bytes * max_num_tokens // ALIGNMENT) * ALIGNMENT
+    fields = _field_bytes(max_num_tokens, max_num_tiles).values()
+    return sum(nbytes for _, nbytes in fields) + 4 * max_num_tokens * max_blocks
 
 
 class StepInputs:
     """The memory above, here and on the device, as attributes: addresses on the device."""
 
-    def __init__(self, device: Device, max_num_tokens: int, max_blocks: int):
+    input_ids: int
+    positions: int
+    slot_mapping: int
+    sequences: int
+    logits_indices: int
+    query_start_loc: int
+    context_lens: int
+    tiles: int
+    block_tables: int
+
+    def __init__(self, device: Device, max_num_tokens: int, max_num_tiles: int, max_blocks: int):
         self.device, self.max_blocks = device, max_blocks
-        offsets, end = {}, 0
-        for name, item_bytes in FIELDS:
-            offsets[name] = end
-            end += _field_bytes(item_bytes, max_num_tokens)
-        self._tables_offset = end
-        total = input_bytes(max_num_tokens, max_blocks)
+        total = input_bytes(max_num_tokens, max_num_tiles, max_blocks)
         self._device_memory = DeviceArray(device, (total,), np.uint8)
         self._host_memory = device.host_array(total)
-        self._host = {
-            name: self._host_memory[offset : offset + item_bytes * max_num_tokens].view(f"i{item_bytes}")
-            for (name, item_bytes), offset in zip(FIELDS, offsets.values(), strict=True)
-        }
+        self._host: dict[str, np.ndarray] = {}
+        end = 0
+        for name, (kind, nbytes) in _field_bytes(max_num_tokens, max_num_tiles).items():
+            self._host[name] = self._host_memory[end : end + nbytes].view(kind)
+            setattr(self, name, self._device_memory.address + end)
+            end += nbytes
+        self._tables_offset = end
+        self.block_tables = self._device_memory.address + end
         self._host_tables = self._host_memory[end:].view(np.int32).reshape(max_num_tokens, max_blocks)
-        address = self._device_memory.address
-        self.input_ids, self.positions, self.slot_mapping, self.sequences, self.logits_indices = (
-            address + offset for offset in offsets.values()
-        )
-        self.block_tables = address + self._tables_offset
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         return self._device_memory.nbytes
 
-    def send(self, batch: Batch, num_rows: int) -> None:
-        """Send a step of at most ``num_rows`` tokens; the rows beyond its own become padding."""
-        host, num_tokens, num_logits = self._host, len(batch.input_ids), len(batch.logits_indices)
-        host["input_ids"][:num_tokens] = batch.input_ids
-        host["positions"][:num_tokens] = batch.positions
-        host["slot_mapping"][:num_tokens] = batch.slot_mapping
+    def send(self, batch: Batch, num_rows: int, tiles: np.ndarray) -> None:
+        """Send a step of at most ``num_rows`` tokens; the rows beyond its own become padding.
+
+        ``tiles``: int32 ``[n, 2]``, empty where attention does without.
+        """
+        host, num_tokens, num_sequences = self._host, len(batch.input_ids), len(batch.context_lens)
+        padding = num_rows - num_tokens
         lengths = np.diff(batch.query_start_loc)
-        host["sequences"][:num_tokens] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-        host["logits_indices"][:num_logits] = batch.logits_indices
-        for name in ("input_ids", "positions", "slot_mapping"):
-            host[name][num_tokens:num_rows] = -1
-        host["sequences"][num_tokens:num_rows] = 0
-        num_sequences, used = batch.block_tables.shape
+        for name, values, fill in (
+            ("input_ids", batch.input_ids, -1),
+            ("positions", batch.positions, -1),
+            ("slot_mapping", batch.slot_mapping, -1),
+            ("sequences", np.repeat(np.arange(num_sequences, dtype=np.int32), lengths), 0),
+            ("context_lens", batch.context_lens, 0),
+        ):
+            host[name][: len(values)] = values
+            host[name][len(values) : len(values) + padding] = fill
+        host["query_start_loc"][: num_sequences + 1] = batch.query_start_loc
+        more = np.arange(1, padding + 1)
+        host["query_start_loc"][num_sequences + 1 : num_sequences + 1 + padding] = num_tokens + more
+        host["logits_indices"][: len(batch.logits_indices)] = batch.logits_indices
+        host["tiles"][: tiles.size] = tiles.reshape(-1)
+        used = batch.block_tables.shape[1]
         self._host_tables[:num_sequences, :used] = batch.block_tables
         sent = self._tables_offset + 4 * num_sequences * self.max_blocks
         self.device.upload(self._device_memory.address, self._host_memory[:sent])

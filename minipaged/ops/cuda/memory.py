@@ -10,7 +10,7 @@ from minipaged.errors import OutOfDeviceMemoryError
 
 from .buffers import shapes
 from .device import Device
-from .inputs import input_bytes
+from .inputs import input_bytes, max_tiles
 
 MAX_LOGITS_ROWS = 256
 """Rows of logits that are computed at once; a step that wants more (``prompt_logprobs``) takes several turns."""
@@ -25,7 +25,8 @@ def left_for_kv_cache(
     """
     free, total = device.memory()
     weights = weight_bytes(config, weight_format, activation)
-    buffers = buffer_bytes(config, activation, max_num_tokens) + input_bytes(max_num_tokens, max_blocks)
+    inputs = input_bytes(max_num_tokens, max_tiles(config, max_num_tokens), max_blocks)
+    buffers = buffer_bytes(config, activation, max_num_tokens) + inputs
     left = free - weights - buffers
     if left <= 0:
         raise OutOfDeviceMemoryError(

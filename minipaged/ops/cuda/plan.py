@@ -20,17 +20,23 @@ from __future__ import annotations
 
 from cuda_kernels import (
     activation,
+    attention_decode,
     attention_plain,
+    attention_prefill,
+    attention_reduce,
     embedding,
     layer_norm,
     moe,
+    product,
     product_plain,
     rms_norm,
     rope_kv,
     row_gather,
 )
+from cuda_kernels.attention_plain import NO_WINDOW
 from cuda_kernels.kernel import Kernel
 
+from .attention import PLAIN, TILES_AT_ONCE, AttentionShape
 from .device import Call, Device, DeviceArray, bind
 from .inputs import StepInputs
 from .weights import DeviceWeight
@@ -44,8 +50,9 @@ class Plan:
     ``activation``: dtype of what products read: ``"float32"``, ``"float16"`` or ``"bfloat16"``.
     """
 
-    def __init__(self, device: Device, activation: str, num_rows: int):
+    def __init__(self, device: Device, activation: str, num_rows: int, attention_shape: AttentionShape = PLAIN):
         self.device, self.activation, self.num_rows = device, activation, num_rows
+        self.attention_shape = attention_shape
         self.calls: list[Call] = []
 
     def _add(self, kernel: Kernel, grid: tuple[int, ...], **arguments) -> None:
@@ -91,43 +98,45 @@ class Plan:
         *,
         bias: DeviceArray | None = None,
         out_dtype: str = "float32",
-        x_dtype: str | None = None,
         add: bool = False,
         act: str | None = None,
         gated: bool = False,
         experts: str | None = None,
         expert_starts: DeviceArray | None = None,
         rows: DeviceArray | None = None,
-        num_rows: int | None = None,
     ) -> None:
         """``out = x weight^T + bias``, then as :mod:`cuda_kernels.product_plain` says: activation, gate, addition."""
-        num_rows = self.num_rows if num_rows is None else num_rows
         num_outputs = weight.num_outputs // (2 if gated else 1)
-        tokens = min((t for t in PRODUCT_TOKENS if t >= num_rows), default=PRODUCT_TOKENS[-1])
-        kernel = product_plain.build(
-            x_dtype or self.activation,
-            weight.format,
-            out_dtype,
-            tokens=tokens,
-            bias=bias is not None,
-            add=add,
-            activation=act,
-            gated=gated,
-            experts=experts,
-        )
+        variant = {"bias": bias is not None, "add": add, "activation": act, "gated": gated, "experts": experts}
+        if weight.fragments:
+            tiles = product.choose_tiles(self.num_rows, num_outputs, weight.format)
+            kernel = product.build(
+                self.activation,
+                weight.format,
+                out_dtype,
+                cc=self.device.compute_capability,
+                row_tiles=tiles[0],
+                token_tiles=tiles[1],
+                **variant,
+            )
+            dims = product.launch_dims(self.num_rows, num_outputs, tiles, weight.num_experts, gated)
+        else:
+            tokens = min((t for t in PRODUCT_TOKENS if t >= self.num_rows), default=PRODUCT_TOKENS[-1])
+            kernel = product_plain.build(self.activation, weight.format, out_dtype, tokens=tokens, **variant)
+            dims = product_plain.launch_dims(self.num_rows, num_outputs, tokens, weight.num_experts)
         self._add(
             kernel,
-            product_plain.launch_dims(num_rows, num_outputs, tokens, weight.num_experts)[0],
+            dims[0],
             x=x,
             weight=weight.data,
             scales=weight.scales,
             bias=bias,
             expert_starts=expert_starts,
-            rows=rows,
             out=out,
-            num_tokens=num_rows,
+            num_tokens=self.num_rows,
             num_outputs=num_outputs,
             width=weight.width,
+            **{"rows_of_x" if weight.fragments else "rows": rows},
         )
 
     def rope_kv(self, config, layout, inputs: StepInputs, qkv, rope, norms, q, cache: dict, eps: float) -> None:
@@ -159,30 +168,55 @@ class Plan:
             **cache,
         )
 
-    def attention(self, config, layout, inputs: StepInputs, q, cache: dict, out, window: int | None) -> None:
+    def attention(
+        self, config, layout, inputs: StepInputs, q, cache: dict, out, workspace, window: int | None
+    ) -> None:
         """Every row over the keys that it sees: the ``window`` last ones of its sequence, or all."""
-        kernel = attention_plain.build(
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            layout.block_size,
-            soft_cap=config.attention_soft_cap,
-            dtype=self.activation,
-            kv_dtype=layout.dtype,
-        )
-        self._add(
-            kernel,
-            attention_plain.launch_dims(self.num_rows, config.num_heads)[0],
-            q=q,
-            block_tables=inputs.block_tables,
-            sequences=inputs.sequences,
-            positions=inputs.positions,
-            out=out,
-            max_blocks=inputs.max_blocks,
-            window=window or attention_plain.NO_WINDOW,
-            scale=config.attention_scale,
+        shape = self.attention_shape
+        sizes = (config.num_heads, config.num_kv_heads, config.head_dim, layout.block_size, config.attention_soft_cap)
+        formats = {"dtype": self.activation, "kv_dtype": layout.dtype}
+        arguments = {
+            "q": q,
+            "block_tables": inputs.block_tables,
+            "out": out,
+            "max_blocks": inputs.max_blocks,
+            "window": window or NO_WINDOW,
+            "scale": config.attention_scale,
             **cache,
-        )
+        }
+        if shape.kind == "plain":
+            grid = attention_plain.launch_dims(self.num_rows, config.num_heads)[0]
+            arguments |= {"sequences": inputs.sequences, "positions": inputs.positions}
+            self._add(attention_plain.build(*sizes, **formats), grid, **arguments)
+            return
+        formats["cc"] = self.device.compute_capability
+        arguments |= {
+            "query_start_loc": inputs.query_start_loc,
+            "context_lens": inputs.context_lens,
+            "workspace": workspace,
+        }
+        if shape.kind == "prefill":
+            for first in range(0, shape.num_tiles, TILES_AT_ONCE):
+                count = min(TILES_AT_ONCE, shape.num_tiles - first)
+                grid = attention_prefill.launch_dims(count, config.num_kv_heads, config.head_dim)[0]
+                tiles = inputs.tiles + 8 * first
+                self._add(attention_prefill.build(*sizes, **formats), grid, tiles=tiles, **arguments)
+            return
+        kernel = attention_decode.build(*sizes, **formats, split=shape.num_chunks > 0)
+        grid = attention_decode.launch_dims(shape.num_tiles, config.num_kv_heads, max(shape.num_chunks, 1))[0]
+        self._add(kernel, grid, tiles=inputs.tiles, **arguments)
+        if shape.num_chunks:
+            self._add(
+                attention_reduce.build(*sizes[:3], dtype=self.activation),
+                attention_reduce.launch_dims(shape.num_tiles, config.num_kv_heads)[0],
+                workspace=workspace,
+                query_start_loc=inputs.query_start_loc,
+                context_lens=inputs.context_lens,
+                tiles=inputs.tiles,
+                out=out,
+                num_chunks=shape.num_chunks,
+                window=arguments["window"],
+            )
 
     def moe(self, config, experts, x, buffers, out, add: bool) -> None:
         """A mixture of experts: ``out (+)= sum over a token's experts of weight * expert(x)``."""

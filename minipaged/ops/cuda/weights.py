@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cuda_kernels.product_plain import GROUP
+from cuda_kernels import packing
 
 from .device import Device, DeviceArray
 
@@ -16,9 +16,9 @@ from .device import Device, DeviceArray
 class DeviceWeight:
     """A matrix ``[num_outputs, width]``, or a stack of ``num_experts`` of them, as products read it.
 
-    ``format``: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"int8"`` (``scales [outputs]``) or ``"int4"``
-    (``scales [outputs, groups]``). ``table``: the rows as :mod:`cuda_kernels.embedding` looks them up, where
-    this matrix is an embedding too.
+    ``format``: ``"float32"``, ``"float16"``, ``"bfloat16"``, ``"int8"`` or ``"int4"``. ``fragments``: packed for
+    tensor cores, and ``interleaved`` for a gated product there (both: :mod:`cuda_kernels.packing`). ``table``:
+    the rows as :mod:`cuda_kernels.embedding` looks them up, where this matrix is an embedding too.
     """
 
     format: str
@@ -28,11 +28,13 @@ class DeviceWeight:
     scales: DeviceArray | None = None
     table: DeviceArray | None = None
     num_experts: int = 1
+    fragments: bool = False
+    interleaved: bool = False
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
-        arrays = {id(a): a.nbytes for a in (self.data, self.scales, self.table) if a is not None}
+        arrays = {a.address: a.nbytes for a in (self.data, self.scales, self.table) if a is not None}
         return sum(arrays.values())
 
 
@@ -50,61 +52,39 @@ class DevicePacker:
 
     def __call__(self, matrix: np.ndarray, role: str) -> DeviceWeight:
         *stack, num_outputs, width = matrix.shape
-        num_experts = stack[0] if stack else 1
         if role == "embedding":
             return DeviceWeight(self.activation, num_outputs, width, None, table=self._table(matrix))
         form = "int8" if (self.weight_format, role) == ("int4", "lm_head") else self.weight_format
-        packed = pack(form, matrix)
-        data, scales = (None if array is None else DeviceArray.from_host(self.device, array) for array in packed)
+        fragments = fits_tensor_cores(self.device.compute_capability, self.activation, form, width)
+        interleaved = fragments and role == "gated"
+        packed = [self._pack(form, one, fragments, interleaved) for one in matrix.reshape(-1, num_outputs, width)]
+        data = DeviceArray.from_host(self.device, np.stack([one.data for one in packed]))
+        scales = None
+        if packed[0].scales.size:
+            scales = DeviceArray.from_host(self.device, np.stack([one.scales for one in packed]))
         table = None
         if role == "lm_head" and self.tied:
-            table = data if form == self.activation else self._table(matrix)
-        return DeviceWeight(form, num_outputs, width, data, scales, table, num_experts)
+            table = data if form == self.activation and not fragments else self._table(matrix)
+        num_experts = stack[0] if stack else 1
+        return DeviceWeight(form, num_outputs, width, data, scales, table, num_experts, fragments, interleaved)
 
     def start(self, num_rows: int, num_columns: int, role: str) -> None:
         """A whole matrix is packed at once."""
 
+    def _pack(self, form: str, matrix: np.ndarray, fragments: bool, interleaved: bool) -> packing.Packed:
+        if not fragments:
+            return packing.pack_rows(form, matrix)
+        return packing.pack_fragments(form, packing.interleave_gated(matrix) if interleaved else matrix)
+
     def _table(self, matrix: np.ndarray) -> DeviceArray:
-        return DeviceArray.from_host(self.device, pack(self.activation, matrix)[0])
+        return DeviceArray.from_host(self.device, packing.to_bits(self.activation, matrix))
 
 
-def pack(form: str, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """A float32 matrix ``[..., outputs, width]`` in ``form``, and its scales."""
-    if form == "float32":
-        return np.ascontiguousarray(matrix, np.float32), None
-    if form == "float16":
-        return np.clip(matrix, -65504, 65504).astype(np.float16), None
-    if form == "bfloat16":
-        return to_bfloat16(matrix), None
-    if form == "int8":
-        scales = np.abs(matrix).max(axis=-1) / np.float32(127)
-        inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)
-        return np.rint(matrix * inverse[..., None]).astype(np.int8), scales.astype(np.float32)
-    return _pack_int4(matrix)
-
-
-def _pack_int4(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes of two columns each (the first in the low nibble), scales float16 ``[..., outputs, groups]``.
-
-    As GGUF's Q4_0: the value of largest magnitude in a group becomes -8, so ``scale`` has its sign, reversed.
-    """
-    *rows, width = matrix.shape
-    groups = -(-width // GROUP)
-    padded = np.zeros((*rows, groups * GROUP), np.float32)
-    padded[..., :width] = matrix
-    values = padded.reshape(*rows, groups, GROUP)
-    extreme = np.take_along_axis(values, np.abs(values).argmax(axis=-1)[..., None], axis=-1)
-    scales = (extreme / -8).astype(np.float16)
-    divisor = scales.astype(np.float32)
-    inverse = np.divide(1, divisor, out=np.zeros_like(divisor), where=divisor != 0)
-    q = np.clip(np.rint(values * inverse) + 8, 0, 15).astype(np.uint8).reshape(*rows, -1, 2)
-    return q[..., 0] | q[..., 1] << 4, scales[..., 0]
-
-
-def to_bfloat16(matrix: np.ndarray) -> np.ndarray:
-    """The bits of the nearest bfloat16, ties to even, uint16; the numbers are finite."""
-    bits = np.ascontiguousarray(matrix, np.float32).view(np.uint32)
-    return ((bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)).astype(np.uint16)
+def fits_tensor_cores(capability: tuple[int, int], activation: str, weight_format: str, width: int) -> bool:
+    """Whether :mod:`cuda_kernels.product` computes this product on such a card; else the plain one does."""
+    if activation == "float32" or width % 8 or (activation == "bfloat16" and capability < (8, 0)):
+        return False
+    return weight_format in (activation, "int8", "int4")
 
 
 def to_device(device: Device, weights):

@@ -7,6 +7,8 @@ import pytest
 
 from tests.support.cuda_devices import DEVICES, make_device
 
+# isort: split
+
 from cuda_kernels import activation, row_gather
 from minipaged.errors import DeviceError, OutOfDeviceMemoryError
 from minipaged.ops.cuda.device import DeviceArray, bind
