@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from numba import types
 
 float32 = types.float32
+float64 = types.float64
 float16 = types.float16
 int8 = types.int8
 uint8 = types.uint8

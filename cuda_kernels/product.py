@@ -90,7 +90,8 @@ def build(
 ) -> Kernel:
     """``product(x, weight, scales, bias, expert_starts, rows, out, num_tokens, num_outputs, width)``.
 
-    ``num_outputs`` counts the columns of ``out``. ``cc``: of the card. ``row_tiles`` is 2, 4 or 8. ``experts``: see :mod:`~cuda_kernels.product_plain`; each expert's rows are padded by themselves.
+    ``num_outputs`` counts the columns of ``out``. ``cc``: of the card. ``row_tiles`` is 2, 4 or 8. ``experts``:
+    see :mod:`~cuda_kernels.product_plain`; each expert's rows are padded by themselves.
     """
     reads = fragment_reader(weight, x, row_tiles)
     read, fragment, chunk_scale = reads.read, reads.fragment, reads.chunk_scale

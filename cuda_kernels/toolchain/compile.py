@@ -70,7 +70,9 @@ def _compile(kernel: Kernel, cc: Capability) -> str:
     with _pretend_device(cc), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            ptx, _ = cuda.compile_ptx(kernel.body, kernel.signature, cc=cc, fastmath=False)
+            ptx, _ = cuda.compile_ptx(
+                kernel.body, kernel.signature, cc=cc, fastmath=False, launch_bounds=kernel.block
+            )
         except Exception as error:
             raise CompileError(f"{kernel.entry} for sm_{cc[0]}{cc[1]}: {error}") from error
     mangled = re.search(r"\.entry\s+([\w$]+)", ptx).group(1)

@@ -58,7 +58,8 @@ def write(key: str, ptx: str) -> None:
 def key_of(kernel: Kernel, cc: tuple[int, int]) -> str | None:
     """A name for the PTX of ``kernel`` on ``cc``; None if it refers to something that cannot be described."""
     digest = hashlib.sha256()
-    head = (kernel.entry, kernel.signature, cc, sys.version_info[:2], _compiler(), _file_digest(intrinsics.__file__))
+    compiler = (sys.version_info[:2], _compiler(), _file_digest(intrinsics.__file__))
+    head = (kernel.entry, kernel.signature, kernel.block, cc, compiler)
     digest.update(repr(head).encode())
     try:
         _add_function(digest, kernel.body, set())

@@ -1,0 +1,105 @@
+"""The sampling kernel against the host's sampler, in the interpreter."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="the CUDA compiler's packages are not installed")
+
+from cuda_kernels import sample
+from cuda_kernels.toolchain.interpreter import run
+from minipaged.config import SamplingParams
+from minipaged.sampling.sampler import Sampler
+from minipaged.sampling.state import SamplingState
+
+
+def tokens_of_kernel(raw, states, processed=None, num_lists=3, cc=(8, 0)):
+    """What the kernel samples; rows of ``processed`` that are not NaN replace the raw ones."""
+    num_rows, vocab_size = raw.shape
+    reals = np.array([[s.params.temperature, s.params.top_p, s.params.min_p] for s in states], np.float64)
+    integers = np.zeros((num_rows, 4), np.int64)
+    for row, state in enumerate(states):
+        seed = np.uint64(state.seed).astype(np.int64)
+        integers[row, :3] = seed, state.position, max(0, state.params.top_k)
+    if processed is None:
+        processed = np.full_like(raw, np.nan)
+    integers[:, 3] = ~np.isnan(processed[:, 0])
+    grid, _ = sample.launch_dims(num_rows, num_lists)
+    ids, weights = np.zeros((num_lists, vocab_size), np.int32), np.zeros((num_lists, vocab_size))
+    token = np.full(num_rows, -9, np.int32)
+    run(sample.build(), grid, (raw, processed, reals, integers, ids, weights, token, num_rows, vocab_size), cc=cc)
+    return token
+
+
+def states_of(params, vocab_size, rng):
+    return [
+        SamplingState(
+            SamplingParams(**each),
+            [1] * int(rng.integers(1, 9)),
+            vocab_size=vocab_size,
+            seed=int(rng.integers(2**63)) * 2 + 1,
+        )
+        for each in params
+    ]
+
+
+PARAMS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 1},
+    {"temperature": 1.3, "top_k": 20},
+    {"temperature": 1.0, "top_k": 700},
+    {"temperature": 0.9, "min_p": 0.05},
+    {"temperature": 1.0, "top_p": 0.9},
+    {"temperature": 2.5, "top_p": 0.3, "top_k": 50, "min_p": 0.01},
+    {"temperature": 1.0, "top_p": 0.999},
+    {"temperature": 40.0, "top_p": 0.5},
+]
+
+
+@pytest.mark.parametrize("vocab_size, cc", [(1, (7, 5)), (37, (8, 0)), (1500, (7, 5)), (3000, (8, 0))])
+def test_draws_what_the_host_draws(vocab_size, cc):
+    rng = np.random.default_rng(30)
+    params = [each | {"seed": None} for each in PARAMS] * 2
+    states = states_of(params, vocab_size, rng)
+    logits = (3 * rng.standard_normal((len(states), vocab_size))).astype(np.float32)
+    logits[len(PARAMS) :] = np.round(logits[len(PARAMS) :])  # many are equal
+    want = [each.token_id for each in Sampler(vocab_size).sample(logits, states)]
+    np.testing.assert_array_equal(tokens_of_kernel(logits, states, cc=cc), want)
+
+
+def test_masked_tokens_are_never_drawn():
+    rng = np.random.default_rng(31)
+    states = states_of(
+        [{"temperature": 1.0}, {"temperature": 5.0, "top_p": 0.99}, {"temperature": 1.0, "top_k": 600}], 900, rng
+    )
+    raw = rng.standard_normal((3, 900)).astype(np.float32)
+    processed = raw.copy()
+    processed[:, 5:] = -np.inf
+    token = tokens_of_kernel(raw, states, processed)
+    assert (token < 5).all()
+    for row, state in enumerate(states):
+        state.processors = [_Replace(processed[row])]
+    np.testing.assert_array_equal(token, [each.token_id for each in Sampler(900).sample(raw, states)])
+
+
+class _Replace:
+    def __init__(self, row):
+        self._row = row
+
+    def apply(self, row, output_token_ids):
+        row[:] = self._row
+
+
+def test_a_row_without_an_answer_says_why_and_the_others_do_not_notice():
+    rng = np.random.default_rng(32)
+    states = states_of([{"temperature": 1.0}] * 4, 600, rng)
+    raw = rng.standard_normal((4, 600)).astype(np.float32)
+    processed = raw.copy()
+    raw[0, 3] = np.nan
+    processed[1] = -np.inf
+    processed[2, 9] = np.inf
+    want = Sampler(600).sample(raw[3:], states[3:])[0].token_id
+    token = tokens_of_kernel(raw, states, processed)
+    np.testing.assert_array_equal(token, [sample.NOT_FINITE, sample.ALL_MASKED, sample.OVERFLOWED, want])
