@@ -103,7 +103,8 @@ class LLM:
     ) -> Iterator[RequestOutput]:
         """Continue one prompt, yielding an output for each new token.
 
-        ``outputs[0].text`` is the text so far and ``outputs[0].delta`` what is new in it. Leaving
+        ``outputs[i].text`` is the text so far and ``outputs[i].delta`` what is new in it. Beam search,
+        and ``best_of`` above ``n``, have something to say only at the end: one output. Leaving
         the loop early aborts the request. The request is checked, and refused, by the call itself,
         before the first ``next``.
         """
@@ -111,6 +112,34 @@ class LLM:
             prompt, sampling_params, priority=priority, cache_salt=cache_salt, stream=True
         )
         return self._run([prepared])
+
+    def beam_search(
+        self,
+        prompts,
+        *,
+        beam_width: int = 4,
+        n: int | None = None,
+        max_tokens: int | None = 16,
+        length_penalty: float = 1.0,
+        early_stopping: bool | str = False,
+        **options,
+    ) -> list[RequestOutput]:
+        """The likeliest continuations of one prompt or many, found with ``beam_width`` beams.
+
+        Each result has ``n`` outputs (default: ``beam_width``), best ``beam_score`` first. ``options``
+        are further fields of :class:`~minipaged.config.SamplingParams`, such as ``stop``. The same as
+        :meth:`generate` with ``SamplingParams(use_beam_search=True, ...)``; raises as it does.
+        """
+        params = SamplingParams(
+            n=beam_width if n is None else n,
+            use_beam_search=True,
+            beam_width=beam_width,
+            max_tokens=max_tokens,
+            length_penalty=length_penalty,
+            early_stopping=early_stopping,
+            **options,
+        )
+        return self.generate(prompts, params)
 
     def chat_prompt(
         self, messages: list[dict], *, add_generation_prompt: bool = True, tools: list[dict] | None = None
