@@ -78,6 +78,7 @@ class Program:
     labels: dict[str, int] = field(default_factory=dict)
     shared: dict[str, int] = field(default_factory=dict)
     shared_bytes: int = 0  # static
+    dynamic_shared: list[tuple[str, int]] = field(default_factory=list)  # name, alignment; they lie behind the static
     local: dict[str, int] = field(default_factory=dict)
     local_bytes: int = 0
     constants: dict[str, np.ndarray] = field(default_factory=dict)
@@ -167,6 +168,8 @@ def parse(ptx: str) -> Program:
     directives = re.search(r"\.maxntid\s+(\d+)", ptx[head.end() : start])
     program.max_threads = int(directives.group(1)) if directives else None
     _Body(program).read(ptx[start + 1 : _closing_brace(ptx, start)])
+    for name, alignment in program.dynamic_shared:
+        program.shared_bytes = program.shared[name] = _place_aligned(program.shared_bytes, alignment)
     return program
 
 
@@ -183,7 +186,9 @@ def _add_symbol(program: Program, found: re.Match) -> None:
     dtype, name, align = DTYPES[found["type"]], found["name"], int(found["align"] or 1)
     count = int(found["count"]) if found["count"] else 0 if found["array"] else 1
     num_bytes = count * dtype.itemsize
-    if found["space"] == "shared":
+    if found["space"] == "shared" and found["array"] and not found["count"]:
+        program.dynamic_shared.append((name, max(align, dtype.itemsize)))
+    elif found["space"] == "shared":
         program.add_shared(name, num_bytes, max(align, dtype.itemsize))
     elif found["space"] == "local":
         program.add_local(name, num_bytes, max(align, dtype.itemsize))
