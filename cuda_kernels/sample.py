@@ -265,7 +265,7 @@ def find_chunk(sums, size, chunk, u):
     for c in range(number):
         total += sums[c]
     target = u * total
-    before, last = float64(0), float64(0)
+    before = float64(0)
     chosen = 0
     found = False
     running = float64(0)
