@@ -21,7 +21,10 @@ LAYERS = {
     "minipaged/home.py": (["minipaged.errors"], []),
     "minipaged/core": (BASE, []),
     "cuda_kernels": ([], ["numba", "numpy", "llvmlite", "cuda", "matplotlib"]),
-    "minipaged/ops": ([*BASE, "minipaged.home", "cuda_kernels"], ["numpy", "numba", "llvmlite", "threadpoolctl"]),
+    "minipaged/ops": (
+        [*BASE, "minipaged.home", "cuda_kernels"],
+        ["numpy", "numba", "llvmlite", "threadpoolctl", "cuda"],
+    ),
     "minipaged/kv_cache.py": ([*BASE, "minipaged.ops"], ["numpy"]),
     "minipaged/model": ([*BASE, "minipaged.home", "minipaged.ops", "minipaged.kv_cache"], ANY),
     "minipaged/sampling": ([*BASE, "minipaged.core", "minipaged.ops"], ["numpy", "numba", "llguidance"]),

@@ -11,7 +11,6 @@ from functools import lru_cache
 
 import numpy as np
 
-from cuda_kernels import packing
 from minipaged.model.config import LayerConfig, ModelConfig
 from minipaged.model.rope import rope_tables
 from minipaged.model.weights import LayerWeights, ModelWeights
@@ -22,7 +21,7 @@ from minipaged.ops.cuda.inputs import StepInputs, max_tiles
 from minipaged.ops.cuda.kv import CudaKVCache
 from minipaged.ops.cuda.memory import MAX_LOGITS_ROWS
 from minipaged.ops.cuda.plan import Plan
-from minipaged.ops.cuda.weights import DeviceWeight, to_device, total_bytes
+from minipaged.ops.cuda.weights import total_bytes, weights_on_device
 from minipaged.ops.interface import Batch
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -64,7 +63,7 @@ class CudaDecoder:
             if layer.rope is not None and id(layer.rope) not in self._ropes:
                 cos, sin = rope_tables(layer.rope, max_model_len)
                 self._ropes[id(layer.rope)] = DeviceArray.from_host(device, cos), DeviceArray.from_host(device, sin)
-        self.weights = _weights_on_device(device, weights, activation)
+        self.weights = weights_on_device(device, weights, activation)
         num_logits = min(max_num_tokens, MAX_LOGITS_ROWS)
         self.buffers = Buffers(device, config, activation, max_num_tokens, num_logits)
         max_blocks = -(-max_model_len // kv_cache.block_size)
@@ -220,20 +219,3 @@ class CudaDecoder:
         if config.final_soft_cap is not None:
             plan.soft_cap(b.logits, config.vocab_size, config.final_soft_cap)
         return plan.calls
-
-
-def _weights_on_device(device: Device, weights: ModelWeights, activation: str) -> ModelWeights:
-    """The vectors beside the matrices, and what is neither: routers, position embeddings."""
-    positions, weights.positions = weights.positions, None
-    for layer in weights.layers:
-        gate_up = layer.gate_up
-        if gate_up is not None and gate_up.bias is not None and gate_up.weight.interleaved:
-            gate_up.bias = packing.interleave_gated(gate_up.bias[:, None])[:, 0]
-    moved: ModelWeights = to_device(device, weights)
-    if positions is not None:
-        moved.positions = DeviceArray.from_host(device, packing.to_bits(activation, positions))
-    for layer in moved.layers:
-        if layer.experts is not None:
-            router = layer.experts.router
-            layer.experts.router = DeviceWeight("float32", *router.shape, router)
-    return moved

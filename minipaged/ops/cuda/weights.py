@@ -87,15 +87,35 @@ def fits_tensor_cores(capability: tuple[int, int], activation: str, weight_forma
     return weight_format in (activation, "int8", "int4")
 
 
-def to_device(device: Device, weights):
+def weights_on_device(device: Device, weights, activation: str):
+    """Everything of a model's weights on the device: the matrices are there, vectors and what is neither follow.
+
+    ``weights``: :class:`~minipaged.model.weights.ModelWeights`, whose matrices :class:`DevicePacker` has packed.
+    """
+    positions, weights.positions = weights.positions, None
+    for layer in weights.layers:
+        gate_up = layer.gate_up
+        if gate_up is not None and gate_up.bias is not None and gate_up.weight.interleaved:
+            gate_up.bias = packing.interleave_gated(gate_up.bias[:, None])[:, 0]
+    moved = _to_device(device, weights)
+    if positions is not None:
+        moved.positions = DeviceArray.from_host(device, packing.to_bits(activation, positions))
+    for layer in moved.layers:
+        if layer.experts is not None:
+            router = layer.experts.router
+            layer.experts.router = DeviceWeight("float32", *router.shape, router)
+    return moved
+
+
+def _to_device(device: Device, weights):
     """A copy of a tree of dataclasses and lists in which every array has become a :class:`DeviceArray`."""
     if isinstance(weights, np.ndarray):
         return DeviceArray.from_host(device, np.asarray(weights, np.float32))
     if isinstance(weights, list):
-        return [to_device(device, item) for item in weights]
+        return [_to_device(device, item) for item in weights]
     if dataclasses.is_dataclass(weights) and not isinstance(weights, DeviceWeight):
         fields = dataclasses.fields(weights)
-        return type(weights)(**{field.name: to_device(device, getattr(weights, field.name)) for field in fields})
+        return type(weights)(**{field.name: _to_device(device, getattr(weights, field.name)) for field in fields})
     return weights
 
 
