@@ -158,8 +158,8 @@ class Sink:
         lib.mpx_end(self.engine, self.number, status, text, len(text), 0, 0, 0, 0, 0)
 
     def deliver(self, output) -> None:
-        for choice in output.outputs:
-            self.push(choice, tell=not output.finished)
+        for index, choice in enumerate(output.outputs):  # what is ranked has other numbers inside
+            self.push(index, choice, tell=not output.finished)
         if not output.finished:
             return
         if output.prompt_logprobs:
@@ -179,29 +179,28 @@ class Sink:
             nanoseconds(metrics.first_token_time),
         )
 
-    def push(self, choice, tell: bool) -> None:
-        index = choice.index
+    def push(self, index: int, choice, tell: bool) -> None:
         tokens, characters, logprobs = self.known.get(index, (0, 0, 0))
         if choice.logprobs and len(choice.logprobs) > logprobs:
             self.push_logprobs(index, choice.token_ids[logprobs:], choice.logprobs[logprobs:])
             logprobs = len(choice.logprobs)
         ends = choice.finish_reason is not None and index not in self.ended
         if ends:  # first, so that the chunk with the last tokens says why there are no more
-            self.end(choice)
+            self.end(index, choice)
         new = choice.token_ids[tokens:]
         text = choice.text[characters:].encode()
         if new or text or ends:
             self.known[index] = len(choice.token_ids), len(choice.text), logprobs
             lib.mpx_push(self.engine, self.number, index, new, len(new), text, len(text), tell)
 
-    def end(self, choice) -> None:
-        self.ended.add(choice.index)
+    def end(self, index: int, choice) -> None:
+        self.ended.add(index)
         stop = choice.stop_reason
         string = stop.encode() if isinstance(stop, str) else b""
         lib.mpx_end_choice(
             self.engine,
             self.number,
-            choice.index,
+            index,
             FINISH_REASONS[choice.finish_reason],
             stop if isinstance(stop, int) else -1,
             string,

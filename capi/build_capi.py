@@ -127,7 +127,8 @@ def run(command: list[str]) -> None:
 
 def exports() -> list[str]:
     """The functions that the header declares, which are all that the library exports."""
-    return sorted(re.findall(r"^(?!typedef)[^/\n]*?\b(minipaged_\w+)\(", header_text(), re.MULTILINE))
+    text = re.sub(r"/\*.*?\*/", "", header_text(), flags=re.DOTALL)
+    return sorted(re.findall(r"^(?!typedef|#)\S.*?\b(minipaged_\w+)\(", text, re.MULTILINE))
 
 
 def compile_library(library: Path, cflags: list[str]) -> None:
