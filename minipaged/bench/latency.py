@@ -41,7 +41,7 @@ def measure(
     """
     report = progress or (lambda line: None)
     for batch_size in batch_sizes:
-        _check_fits(engine, prompt_len, num_steps, batch_size)
+        check_fits(engine, prompt_len, num_steps, batch_size)
     bandwidth = read_bandwidth(num_threads)
     report(f"memory read bandwidth: {bandwidth / 1e9:.1f} GB/s")
     rng = random.Random(0)
@@ -49,7 +49,9 @@ def measure(
     report(f"TTFT at {prompt_len} prompt tokens: {median(ttft) * 1e3:.1f} ms")
     batches = []
     for batch_size in batch_sizes:
-        steps = [_decode_step(engine, prompt_len, num_steps, batch_size, rng) for _ in range(repetitions + 1)][1:]
+        steps = [
+            median(decode_steps(engine, prompt_len, num_steps, batch_size, rng)) for _ in range(repetitions + 1)
+        ][1:]
         floor = _bytes_per_step(engine, batch_size, prompt_len + num_steps // 2) / bandwidth
         step = median(steps)
         batches.append(
@@ -72,11 +74,11 @@ def measure(
     }
 
 
-def _check_fits(engine: Engine, prompt_len: int, num_steps: int, batch_size: int) -> None:
+def check_fits(engine: Engine, prompt_len: int, num_steps: int, batch_size: int) -> None:
     limits = engine.scheduler.config
     if batch_size > limits.max_num_seqs:
         raise ConfigError(f"batch size {batch_size} is more than max_num_seqs ({limits.max_num_seqs}); raise that.")
-    # As in _decode_step: those that start first have decoded a little before the last one starts.
+    # As in decode_steps: those that start first have decoded a little before the last one starts.
     total = prompt_len + _max_tokens(engine, prompt_len, num_steps, batch_size)
     engine.scheduler.check_admissible(prompt_len, SamplingParams(max_tokens=total - prompt_len))
     needed = batch_size * -(-total // limits.block_size)
@@ -108,8 +110,10 @@ def _first_token(engine: Engine, prompt_len: int, rng: random.Random) -> float:
     return time.perf_counter() - started
 
 
-def _decode_step(engine: Engine, prompt_len: int, num_steps: int, batch_size: int, rng: random.Random) -> float:
-    """Median seconds of a step in which ``batch_size`` sequences compute one token each."""
+def decode_steps(
+    engine: Engine, prompt_len: int, num_steps: int, batch_size: int, rng: random.Random
+) -> list[float]:
+    """Seconds of each of ``num_steps`` steps in which ``batch_size`` sequences compute one token each."""
     engine.use_policy(engine.config.policy)
     max_tokens = _max_tokens(engine, prompt_len, num_steps, batch_size)
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)
@@ -124,16 +128,21 @@ def _decode_step(engine: Engine, prompt_len: int, num_steps: int, batch_size: in
         times.append(time.perf_counter() - before)
     for request_id in ids:
         engine.abort(request_id)
-    return median(times)
+    return times
 
 
 def _prompt(engine: Engine, prompt_len: int, rng: random.Random) -> list[int]:
     return rng.choices(range(engine.model.config.vocab_size), k=prompt_len)
 
 
+def kv_bytes_per_token(engine: Engine) -> int:
+    """Bytes of one token's K and V in all layers."""
+    stats = engine.stats()
+    return stats.kv_cache_bytes // (stats.num_blocks_total * stats.block_size)
+
+
 def _bytes_per_step(engine: Engine, batch_size: int, context_len: int) -> int:
     """Bytes that a decode step must read: the weights (of an untied embedding only ``batch_size``
     rows, which is nothing) and the KV of ``context_len`` tokens a sequence."""
-    stats = engine.stats()
-    kv_bytes_per_token = stats.kv_cache_bytes // (stats.num_blocks_total * stats.block_size)
-    return stats.weight_bytes - engine.runner.embedding_bytes + batch_size * context_len * kv_bytes_per_token
+    weights = engine.runner.weight_bytes - engine.runner.embedding_bytes
+    return weights + batch_size * context_len * kv_bytes_per_token(engine)

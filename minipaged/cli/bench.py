@@ -22,6 +22,7 @@ examples:
   minipaged bench latency --prompt-len 128 --batch-size 1,32
   minipaged bench memory
   minipaged bench roofline --format int8 --num-threads 2
+  minipaged bench roofline --step --num-threads 2 --batch-size 1,32
   minipaged bench quality --text held-out.txt --mode reference --mode cpu:int8 --mode cpu:int4:kv=int8
   minipaged bench compare --peer transformers=/venv/bin/python:/models/hf --mode cpu:int8 --json result.json
 """
@@ -129,6 +130,12 @@ def _configure_roofline(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", action="append", choices=FORMATS, help="of weights; repeatable (default: all)")
     parser.add_argument("--num-threads", type=positive_int, default=1, metavar="N", help="(default: 1)")
     parser.add_argument("--rows", type=positive_ints, default=[1, 8, 32, 64, 256], metavar="N,N,...", help="of x")
+    parser.add_argument("--step", action="store_true", help="take a model's decode step apart instead (options below)")
+    parser.add_argument(
+        "--batch-size", type=positive_ints, default=[1, 32], metavar="N,N,...", help="of the step (default: 1,32)"
+    )
+    parser.add_argument("--context", type=positive_int, default=256, metavar="N", help="tokens a sequence has; 256")
+    add_engine_options(parser, omit=(*OMITTED_ENGINE_OPTIONS, "num_threads"))
 
 
 def _configure_compare(parser: argparse.ArgumentParser) -> None:
@@ -301,8 +308,22 @@ def _roofline(args: argparse.Namespace) -> tuple[str, dict]:
     from minipaged.bench.report import roofline_text
     from minipaged.bench.roofline import measure
 
+    if args.step:
+        return _step_roofline(args)
     result = measure(args.format or list(FORMATS), args.rows, args.num_threads)
     return roofline_text(result), result
+
+
+def _step_roofline(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench import report, step_roofline
+    from minipaged.engine import Engine
+
+    options = given(args, EngineConfig, omit=(*OMITTED_ENGINE_OPTIONS, "num_threads"))
+    engine = Engine(EngineConfig(num_threads=args.num_threads, **options))
+    context = report.context(engine)
+    result = step_roofline.measure(engine, args.batch_size, args.context, progress=note)
+    result = {"bench": "roofline --step", "model": context, **result}
+    return report.context_text(context) + "\n" + step_roofline.text(result), result
 
 
 def _quality(args: argparse.Namespace) -> tuple[str, dict]:

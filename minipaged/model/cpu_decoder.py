@@ -99,6 +99,12 @@ class CpuDecoder:
         """End the threads. Closing twice is harmless."""
         self.team.close()
 
+    def products(self) -> dict[str, np.ndarray]:
+        """The LINEAR records of a dense model by name, in the order of the layers; for measurements."""
+        names = ("qkv", "o", "gate_up", "down")
+        found = {name: self._linear_table[self._layers[name]] for name in names}
+        return found | {"lm_head": self._linear_table[self._model["lm_head"]]}
+
     def _tiles(self, batch: Batch) -> np.ndarray:
         """Rows of (sequence, first row, queries, first position): the queries that share K and V."""
         size = self._queries_per_tile
