@@ -1,0 +1,150 @@
+"""The cuda backend behind the engine, on the emulated device: golden tokens, errors, what auto does with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.cuda_devices import make_device
+
+# isort: split
+
+from minipaged import LLM, SamplingParams
+from minipaged.errors import BackendUnavailableError, ConfigError, OutOfDeviceMemoryError
+from minipaged.ops.cuda import available, emulated
+from tests.support.engines import assert_all_blocks_back, generate, make_engine, run_to_end
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = json.loads((ROOT / "tests" / "fixtures" / "tiny_golden.json").read_text())
+
+
+@pytest.fixture
+def emulate(monkeypatch):
+    monkeypatch.setenv(available.VARIABLE, "emulate")
+
+
+def greedy(max_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+def cuda_engine(model: str, **options):
+    return make_engine(model, device="cuda", **{"dtype": "float32", "max_num_batched_tokens": 64, **options})
+
+
+def test_golden_tokens_of_the_draft(emulate):
+    """The first tokens of the smallest model, its prompt in chunks (all tokens of both: -m slow)."""
+    case = GOLDEN["prompts"][1]
+    engine = cuda_engine("tiny-draft", block_size=8, max_num_batched_tokens=8, max_num_seqs=2)
+    output = generate(engine, case["prompt_ids"], greedy(4))
+    assert output.outputs[0].token_ids == case["draft"]["greedy_ids"][:4]
+    assert engine.stats().device == "cuda" and engine.stats().weight_bytes > 0
+    assert_all_blocks_back(engine)
+    engine.close()
+    engine.close()
+
+
+@pytest.mark.slow
+def test_golden_tokens_whatever_happens(emulate):
+    """``tiny`` in float32: prompts together, in chunks, found in the prefix cache, preempted, in small blocks."""
+    engine = cuda_engine("tiny", block_size=4, num_blocks=36, max_num_batched_tokens=24, max_num_seqs=4)
+    cases = GOLDEN["prompts"]
+    for _ in range(2):
+        ids = [engine.add_request(case["prompt_ids"], greedy(32)) for case in cases]
+        outputs = run_to_end(engine)
+        for request_id, case in zip(ids, cases, strict=True):
+            assert outputs[request_id].outputs[0].token_ids == case["target"]["greedy_ids"]
+    stats = engine.stats()
+    assert stats.num_preemptions > 0 and stats.num_prompt_tokens_cached > 0
+    assert_all_blocks_back(engine)
+
+
+@pytest.mark.slow
+def test_a_copy_on_write(emulate):
+    """Two continuations share a partial block until they write to it; greedy, both are the golden one."""
+    case = GOLDEN["prompts"][1]
+    engine = cuda_engine("tiny-draft", block_size=16)
+    params = SamplingParams(temperature=0.001, n=2, seed=1, max_tokens=6, ignore_eos=True)
+    output = generate(engine, case["prompt_ids"], params)
+    assert engine.stats().num_blocks_copied > 0
+    for completion in output.outputs:
+        assert completion.token_ids == case["draft"]["greedy_ids"][:6]
+
+
+def test_emulation_is_loud_and_never_chosen_unasked(emulate, caplog):
+    with caplog.at_level(logging.WARNING, "minipaged"):
+        with LLM("tiny-draft", device="cuda", dtype="float32", max_num_batched_tokens=64) as llm:
+            assert llm.stats().device == "cuda"
+    assert any("PTX interpreter" in record.message for record in caplog.records)
+    with LLM("tiny-draft") as llm:
+        assert llm.stats().device != "cuda"
+
+
+def test_no_card_no_cuda(monkeypatch):
+    monkeypatch.delenv(available.VARIABLE, raising=False)
+    if available.examine().problem is None:
+        pytest.skip("there is a card")
+    with pytest.raises(BackendUnavailableError, match="'cuda' cannot be used: .*Usable here: 'cpu', 'reference'"):
+        make_engine("tiny-draft", device="cuda")
+
+
+def test_a_setting_that_means_nothing(monkeypatch):
+    monkeypatch.setenv(available.VARIABLE, "1")
+    with pytest.raises(BackendUnavailableError, match="MINIPAGED_CUDA is '1'; it may be 'emulate'"):
+        make_engine("tiny-draft", device="cuda")
+    monkeypatch.setenv(available.VARIABLE, "emulate")
+    monkeypatch.setenv(available.CAPABILITY_VARIABLE, "7.0")
+    with pytest.raises(BackendUnavailableError, match="MINIPAGED_CUDA_CAPABILITY is '7.0'"):
+        make_engine("tiny-draft", device="cuda")
+
+
+def test_a_model_that_does_not_fit(emulate, monkeypatch):
+    monkeypatch.setattr(emulated, "MEMORY_BYTES", 1 << 20)
+    with pytest.raises(OutOfDeviceMemoryError, match="LlamaForCausalLM in float32 takes .* quantization='int8'"):
+        cuda_engine("tiny-draft", num_blocks=None)
+
+
+def test_a_pool_that_does_not_fit(emulate, monkeypatch):
+    monkeypatch.setattr(emulated, "MEMORY_BYTES", 32 << 20)
+    with pytest.raises(ConfigError, match="num_blocks is 100000: .* bytes of KV cache, but only"):
+        cuda_engine("tiny-draft", num_blocks=100000)
+
+
+def test_the_pool_takes_what_is_left(emulate, monkeypatch):
+    monkeypatch.setattr(emulated, "MEMORY_BYTES", 8 << 20)
+    engine = cuda_engine("tiny-draft", num_blocks=None, max_num_seqs=64)
+    free, total = engine.runner.decoder.device.memory()
+    assert 0 < free < total / 5 and total == 8 << 20
+
+
+def test_options_that_are_not_offered(emulate):
+    with pytest.raises(ConfigError, match="swap_space"):
+        cuda_engine("tiny-draft", swap_space=1)
+
+
+def test_asking_for_the_device_imports_nothing():
+    code = (
+        "import sys; from minipaged import backends; backends.examine('cuda');"
+        "print([name for name in ('numba', 'cuda_kernels', 'cuda.bindings.driver') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options", [{}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"quantization": "int8", "dtype": "auto"}]
+)
+def test_golden_tokens_on_the_card(options):
+    make_device("card").close()  # skips where there is none
+    engine = cuda_engine("tiny", max_num_batched_tokens=1024, **options)
+    for case in GOLDEN["prompts"]:
+        tokens = generate(engine, case["prompt_ids"], greedy(32)).outputs[0].token_ids
+        if not options:
+            assert tokens == case["target"]["greedy_ids"]
+        assert tokens[0] == case["target"]["greedy_ids"][0]
+    engine.close()
