@@ -34,6 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(title="what to measure", metavar="WHAT", dest="bench", required=True)
     _configure_throughput(_add(kinds, "throughput", _throughput, "tokens/s of a workload, and what a policy changes"))
     _configure_latency(_add(kinds, "latency", _latency, "time to first token, and decode speed by batch size"))
+    _configure_scaling(_add(kinds, "scaling", _scaling, "decode speed by number of users and by context"))
     _configure_memory(_add(kinds, "memory", _memory, "reserved KV slots that hold no token, paged and contiguous"))
     _configure_roofline(_add(kinds, "roofline", _roofline, "products of the cpu backend against this machine's peaks"))
     _configure_compare(_add(kinds, "compare", _compare, "other engines on the same work, in turn with ours"))
@@ -78,6 +79,23 @@ def _configure_latency(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetitions", type=positive_int, default=5, metavar="N", help="after one warm-up (default: 5)"
     )
+    add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
+
+
+def _configure_scaling(parser: argparse.ArgumentParser) -> None:
+    lists = {
+        "--users": ([1, 2, 4, 8, 16, 32, 64, 128], "sequences decoded together, at --at-context"),
+        "--contexts": ([128, 512, 2048, 8000], "tokens that each has, at each of --at-users"),
+        "--at-users": ([1, 8], "for --contexts"),
+    }
+    for flag, (default, text) in lists.items():
+        shown = ",".join(map(str, default))
+        parser.add_argument(
+            flag, type=positive_ints, default=default, metavar="N,N,...", help=f"{text} (default: {shown})"
+        )
+    parser.add_argument("--at-context", type=positive_int, default=512, metavar="N", help="for --users; 512")
+    parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="(default: 3)")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves to this .svg or .png file")
     add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
 
 
@@ -234,6 +252,30 @@ def _latency(args: argparse.Namespace) -> tuple[str, dict]:
     )
     result = {"bench": "latency", "context": context, **result}
     return report.context_text(context) + "\n" + report.latency_text(result), result
+
+
+def _scaling(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench import report, scaling
+    from minipaged.engine import Engine
+
+    options = given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)
+    options.setdefault("max_num_seqs", max(*args.users, *args.at_users))
+    engine = Engine(EngineConfig(**options))
+    context = report.context(engine)
+    result = scaling.measure(
+        engine,
+        users=args.users,
+        at_context=args.at_context,
+        contexts=args.contexts,
+        at_users=args.at_users,
+        rounds=args.rounds,
+        progress=note,
+    )
+    result = {"bench": "scaling", "context": context, **result}
+    if args.plot:
+        title = f"{context['model']}, {context['dtype']}, {context['device']}, {context['threads']} threads"
+        scaling.plot(result, args.plot, title)
+    return report.context_text(context) + "\n" + scaling.text(result), result
 
 
 def _grammar(args: argparse.Namespace) -> tuple[str, dict]:
