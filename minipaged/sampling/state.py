@@ -50,8 +50,9 @@ class SamplingState:
         self.params = params
         self.seed = seed
         self.vocab_size = vocab_size
-        # Several continuations are ranked by log-probability, asked for or not.
-        self.num_logprobs = 0 if params.logprobs is None and params.num_sequences > 1 else params.logprobs
+        # Several samples are ranked by log-probability, asked for or not (beam search has its own).
+        ranked = params.num_sequences > 1 and not params.use_beam_search
+        self.num_logprobs = 0 if ranked and params.logprobs is None else params.logprobs
         self.num_prompt_tokens = len(prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.processors = _processors(params, prompt_token_ids, vocab_size, eos_token_ids, tokenizer)
