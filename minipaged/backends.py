@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass
 
 from minipaged import sizing
@@ -137,6 +138,27 @@ def check_options(backend: Backend, config: EngineConfig) -> None:
                 f"{name} is {value!r}, which the {backend.name} backend does not offer; "
                 f"it takes {' or '.join(map(repr, values))}."
             )
+
+
+def start_ahead(backend: Backend) -> None:
+    """Let a thread import what the cpu backend needs, while the caller reads a model.
+
+    Numba fills its tables for the better part of a second; a tokenizer is parsed meanwhile, by a library
+    that lets other threads run. An error is left to whoever imports the same next.
+    """
+    if backend.name == "cpu":
+        threading.Thread(target=_import_cpu, name="minipaged-start", daemon=True).start()
+
+
+def _import_cpu() -> None:
+    from numba.core.compiler_lock import global_compiler_lock
+    from numba.core.registry import cpu_target
+
+    import minipaged.model.cpu_decoder  # noqa: F401
+
+    with global_compiler_lock:
+        cpu_target.typing_context.refresh()
+        cpu_target.target_context.refresh()
 
 
 def choose_formats(backend: Backend, config: EngineConfig, packed_as: str | None = None) -> Formats:

@@ -42,6 +42,7 @@ class Engine:
         self.config = config
         self.backend = backends.choose(config.device)
         backends.check_options(self.backend, config)
+        backends.start_ahead(self.backend)
         self.model: LoadedModel = load_model(config.model, weight_format=backends.packed_format(self.backend, config))
         self.max_model_len = resolve_max_model_len(config, self.model.config)
         self.formats = backends.choose_formats(self.backend, config, self.model.packed_as)
