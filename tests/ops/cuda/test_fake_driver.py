@@ -38,3 +38,8 @@ def test_the_driver_is_called_as_it_must_be():
 
 def test_the_tests_for_a_card_pass_on_it():
     assert run_with_fake_driver("-m", "gpu", FOLDER / "test_cuda_device.py") >= 6
+
+
+def test_the_tests_of_kernels_run_on_it():
+    kernels = ROOT / "tests" / "cuda_kernels"
+    assert run_with_fake_driver("-m", "gpu", kernels / "test_argmax_kernel.py") >= 3
