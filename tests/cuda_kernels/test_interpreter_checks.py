@@ -50,7 +50,7 @@ add.s64 %rd12, %rd7, %rd11;      // tile + the same lane of the neighbouring war
 """
 
 
-def execute(body, *, threads=64, blocks=1, x=None, n=None, checks=True, shared_bytes=0):
+def execute(body, *, threads=64, blocks=1, x=None, n=None, checks=True, shared_bytes=0, **options):
     """Run HEAD and ``body``; returns what ``y`` (as long as the grid) holds, and the counters."""
     memory = DeviceMemory()
     count = threads * blocks
@@ -65,6 +65,7 @@ def execute(body, *, threads=64, blocks=1, x=None, n=None, checks=True, shared_b
         shared_bytes,
         checks,
         memory,
+        **options,
     )
     return memory.read(pointers[1], (count,), np.uint32), counters
 
@@ -260,11 +261,8 @@ def test_a_warp_operation_without_all_the_lanes_it_names():
     fault("warp operation", half + shuffle.format("-1").replace(" 1, 31", " 16, 31") + "$WAIT:\n")
 
 
-def test_endless_loops_end(monkeypatch):
-    import cuda_kernels.toolchain.interpreter.machine as machine
-
-    monkeypatch.setattr(machine, "MAX_STEPS", 1000)
-    fault("runaway", "$LOOP:\nbra $LOOP;\n")
+def test_endless_loops_end():
+    fault("runaway", "$LOOP:\nbra $LOOP;\n", max_steps=1000)
 
 
 def test_trap():

@@ -18,7 +18,7 @@ from cuda_kernels.kernel import Kernel
 from cuda_kernels.toolchain.compile import compile_ptx
 from cuda_kernels.toolchain.interpreter.counters import Counters, kind_of
 from cuda_kernels.toolchain.interpreter.faults import KernelFault, Shadow
-from cuda_kernels.toolchain.interpreter.machine import Machine
+from cuda_kernels.toolchain.interpreter.machine import MAX_STEPS, Machine
 from cuda_kernels.toolchain.interpreter.memory_access import granule_shift
 from cuda_kernels.toolchain.interpreter.program import DTYPES, Program, PTXError, parse
 from cuda_kernels.toolchain.memory import FIRST_ALLOCATION, OFFSET_BITS, DeviceMemory, DeviceMemoryError
@@ -45,12 +45,14 @@ def launch(
     shared_bytes: int = 0,
     checks: bool = True,
     memory: DeviceMemory | None = None,
+    max_steps: int = MAX_STEPS,
 ) -> Counters:
     """Runs the kernel ``entry`` of ``ptx`` over ``grid`` blocks of ``block`` threads (ints or up to three of them).
 
     ``args`` are pointers into ``memory`` and scalars, in the order of the signature; ``shared_bytes`` is dynamic
     shared memory. Raises :class:`KernelFault` for what a kernel may not do, :class:`PTXError` for PTX that is not
-    understood. Without ``checks`` only bounds and alignment are watched and only instructions counted.
+    understood. Without ``checks`` only bounds and alignment are watched and only instructions counted. A chunk of
+    blocks that does not end within ``max_steps`` basic blocks counts as endless.
     """
     program = _parsed(ptx)
     if program.entry != entry:
@@ -69,7 +71,7 @@ def launch(
             count = min(at_once, num_blocks - first)
             machine = _machine(program, count, block, shared_bytes, checks)
             machine.load(grid, first, values, memory, constants)
-            counters = counters + machine.run()
+            counters = counters + machine.run(max_steps)
     finally:
         for allocation in shadowed:
             allocation.shadow = None

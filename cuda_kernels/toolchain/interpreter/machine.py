@@ -158,9 +158,9 @@ class Machine:
         self.copy_group = np.zeros(self.num_threads, np.int64)  # cp.async groups committed by each thread
         self.counters = Counters(self.program)
 
-    def run(self) -> Counters:
+    def run(self, max_steps: int) -> Counters:
         with np.errstate(all="ignore"):
-            for _ in range(MAX_STEPS):
+            for _ in range(max_steps):
                 ready = ~self.done & (self.state == RUNS)
                 if ready.any():
                     self._step(ready)
@@ -170,7 +170,7 @@ class Machine:
                     places = sorted(set(self.place[~self.done].tolist()))
                     waiting = "; ".join(self.program.instructions[place].text for place in places)
                     raise KernelFault("deadlock", f"no thread can go on; they wait at: {waiting}")
-        raise KernelFault("runaway", f"{self.program.entry} did not end within {MAX_STEPS} steps")
+        raise KernelFault("runaway", f"{self.program.entry} did not end within {max_steps} steps")
 
     def _step(self, ready: np.ndarray) -> None:
         """From the smallest program counter to the end of its basic block."""
