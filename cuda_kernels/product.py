@@ -202,10 +202,12 @@ def build(
         first, end = cuda.blockIdx.y * tokens, num_tokens
         tile = cuda.blockIdx.x * row_tiles
         first_row = tile * 16
+        panels = (num_outputs * halves + PANEL - 1) // PANEL
+        last = panels - 1
         if grouped:
             expert = cuda.blockIdx.z
             first, end = first + expert_starts[expert], expert_starts[expert + 1]
-            panels = (num_outputs * halves + PANEL - 1) // PANEL
+            last += expert * panels
             first_row += expert * panels * PANEL
             tile += expert * panels * (PANEL // 16)
         if first >= end:
@@ -222,7 +224,7 @@ def build(
 
         a, ahead = cuda.local.array(words, uint32), cuda.local.array(words, uint32)
         if warp < chunks:
-            read(weight, scales, tile, warp, chunks, ahead)
+            read(weight, scales, tile, last, warp, chunks, ahead)
         own = warp * STAGES
         for stage in range(STAGES - 1):
             copy_x(x, source, width, warp + stage * WARPS, shared, own + stage)
@@ -240,7 +242,7 @@ def build(
             for i in range(words):
                 a[i] = ahead[i]
             if chunk + WARPS < chunks:
-                read(weight, scales, tile, chunk + WARPS, chunks, ahead)
+                read(weight, scales, tile, last, chunk + WARPS, chunks, ahead)
             if chunk < chunks:
                 multiply_chunk(a, shared, own + stage, sums)
             free = stage

@@ -68,21 +68,21 @@ def _nibbles_to_bf16x2(word, i):
 def fragment_reader(weight: str, x: str, row_tiles: int) -> SimpleNamespace:
     """How ``row_tiles`` x 16 rows of a weight are read, 32 columns at a time, to be multiplied with ``x``.
 
-    ``words``: length of ``a``. ``read(weight, scales, tile, chunk, chunks, a)`` fills it from chunk ``chunk`` of
-    ``chunks``, ``tile`` counting 16 rows, a multiple of ``row_tiles``. ``fragment(a, m, step)`` is the fragment
-    of tile ``m`` and of columns 16 ``step`` and on. ``chunk_scale(a, m)``: int4's scales of the lane's rows g
-    and g + 8.
+    ``words``: length of ``a``. ``read(weight, scales, tile, last, chunk, chunks, a)`` fills it from chunk
+    ``chunk`` of ``chunks``; ``tile`` counts 16 rows and is a multiple of ``row_tiles``, ``last`` is the last panel.
+    ``fragment(a, m, step)`` is the fragment of tile ``m`` and of columns 16 ``step`` and on.
+    ``chunk_scale(a, m)``: int4's scales of the lane's rows g and g + 8.
     """
     return {"int8": _int8_reader, "int4": _int4_reader}.get(weight, _float_reader)(x, row_tiles)
 
 
 def _float_reader(x: str, row_tiles: int) -> SimpleNamespace:
     @cuda.jit(device=True)
-    def read(weight, scales, tile, chunk, chunks, a):
+    def read(weight, scales, tile, last, chunk, chunks, a):
         lane = cuda.threadIdx.x % LANES
         for m in range(row_tiles):
             for step in range(2):
-                index = (((tile // 4 + m // 4) * chunks + chunk) * 4 + tile % 4) * 2 * LANES + lane
+                index = ((min(tile // 4 + m // 4, last) * chunks + chunk) * 4 + tile % 4) * 2 * LANES + lane
                 at = m * 8 + step * 4
                 a[at], a[at + 1], a[at + 2], a[at + 3] = ldg128(weight, (index + (m % 4 * 2 + step) * LANES) * 8)
 
@@ -96,10 +96,10 @@ def _float_reader(x: str, row_tiles: int) -> SimpleNamespace:
 
 def _int8_reader(x: str, row_tiles: int) -> SimpleNamespace:
     @cuda.jit(device=True)
-    def read(weight, scales, tile, chunk, chunks, a):
+    def read(weight, scales, tile, last, chunk, chunks, a):
         lane = cuda.threadIdx.x % LANES
         for m in range(row_tiles):
-            index = (((tile // 4 + m // 4) * chunks + chunk) * 4 + tile % 4 + m % 4) * LANES + lane
+            index = ((min(tile // 4 + m // 4, last) * chunks + chunk) * 4 + tile % 4 + m % 4) * LANES + lane
             a[m * 4], a[m * 4 + 1], a[m * 4 + 2], a[m * 4 + 3] = ldg128(weight, index * 16)
 
     @cuda.jit(device=True)
@@ -130,10 +130,10 @@ def _int4_reader(x: str, row_tiles: int) -> SimpleNamespace:
     unpack = _nibbles_to_bf16x2 if x == "bfloat16" else _nibbles_to_half2
 
     @cuda.jit(device=True)
-    def read(weight, scales, tile, chunk, chunks, a):
+    def read(weight, scales, tile, last, chunk, chunks, a):
         lane = cuda.threadIdx.x % LANES
         for p in range(row_tiles // 2):
-            index = (((tile // 4 + p // 2) * chunks + chunk) * 2 + tile % 4 // 2 + p % 2) * LANES
+            index = ((min(tile // 4 + p // 2, last) * chunks + chunk) * 2 + tile % 4 // 2 + p % 2) * LANES
             at = p * 6
             a[at], a[at + 1], a[at + 2], a[at + 3] = ldg128(weight, (index + lane) * 16)
             a[at + 4], a[at + 5] = ldg64(scales, index + lane // 4 * 4)

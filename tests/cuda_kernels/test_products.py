@@ -13,7 +13,7 @@ from cuda_kernels.toolchain.interpreter import run
 from minipaged.ops.reference.activations import ACTIVATIONS
 from minipaged.ops.reference.linear import linear
 
-TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-3}
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 4e-3}  # bfloat16 itself rounds by 2^-8 at most
 VARIANTS = [
     ("float16", "float16", (8, 0)),
     ("float16", "float16", (7, 5)),
@@ -99,10 +99,10 @@ def test_agrees_with_the_reference(x, weight, cc):
 
 @pytest.mark.parametrize("weight", ["float16", "int8", "int4"])
 def test_a_row_has_the_same_bits_with_any_tiles_and_company(weight):
-    x_bits, packed, _ = random_case(np.random.default_rng(21), "float16", weight, 37, 96, 200)
-    alone = np.concatenate([multiply("float16", weight, x_bits[i : i + 1], packed, 96, cc=(8, 0)) for i in (0, 17, 36)])
-    for tiles in [(2, 1), (2, 2), (4, 4)]:
-        together = multiply("float16", weight, x_bits, packed, 96, cc=(8, 0), tiles=tiles)
+    x_bits, packed, _ = random_case(np.random.default_rng(21), "float16", weight, 37, 130, 200)
+    alone = [multiply("float16", weight, x_bits[i : i + 1], packed, 130, cc=(8, 0))[0] for i in (0, 17, 36)]
+    for tiles in [(2, 2), (4, 4), (8, 1)]:
+        together = multiply("float16", weight, x_bits, packed, 130, cc=(8, 0), tiles=tiles)
         np.testing.assert_array_equal(together[[0, 17, 36]], alone)
 
 

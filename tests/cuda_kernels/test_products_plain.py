@@ -12,7 +12,7 @@ from cuda_kernels.toolchain.interpreter import run
 from minipaged.ops.reference.activations import ACTIVATIONS
 from minipaged.ops.reference.linear import linear
 
-TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-3}
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 4e-3}  # bfloat16 itself rounds by 2^-8 at most
 NOTHING = np.zeros(1, np.int32)
 
 
