@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from minipaged.core.request import RequestStatus, by_sort_key
+from minipaged.core.order import by_sort_key
+from minipaged.core.request import RequestStatus
 from minipaged.errors import IntegrityError
 
 if TYPE_CHECKING:

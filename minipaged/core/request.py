@@ -115,6 +115,17 @@ class Request:
         self.num_published_blocks = 0
         self.published_id: int | str | None = self.cache_salt
 
+    def fork(self, child_id: str, params: SamplingParams) -> Request:
+        """A request that continues the same tokens, without KV as yet."""
+        child = Request(child_id, self.token_ids, params, self.priority, self.cache_salt)
+        child.num_prompt_tokens = self.num_prompt_tokens
+        child.max_total_tokens = self.num_prompt_tokens + params.max_tokens
+        child.num_cached_tokens = self.num_cached_tokens
+        child.awaits_token = self.awaits_token
+        child.use_prefix_cache = True  # prompt_logprobs are the parent's to compute
+        child.num_seqs = 1
+        return child
+
     @property
     def num_tokens(self) -> int:
         """Tokens known: prompt and output."""
@@ -131,8 +142,3 @@ class Request:
     def __repr__(self) -> str:
         progress = f"{self.num_computed_tokens}/{self.num_tokens}"
         return f"<Request {self.request_id!r} {self.status.value} computed {progress}>"
-
-
-def by_sort_key(request: Request) -> tuple[int, int, int]:
-    """Key of the order of requests."""
-    return request.sort_key

@@ -18,7 +18,7 @@ it and of those already running.
 
 Beams advance together: one that awaits its token (``awaits_token``) keeps its blocks and is not
 scheduled. That can block nobody forever, because beams of one request stand together in the order:
-whoever runs behind a beam that others await makes place for it, and if only its siblings run, the
+whoever runs behind a beam that others await makes place for it, and if only such beams run, the
 worst of them does.
 
 The idea of one queue without phases is vLLM's V1 scheduler; that capacity counts copies is
@@ -27,7 +27,6 @@ openvino.genai's.
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
@@ -36,10 +35,10 @@ from minipaged.core import inspection
 from minipaged.core.admission import check_admissible
 from minipaged.core.block_pool import Block, BlockPool
 from minipaged.core.block_table import BlockTable
+from minipaged.core.order import delete, insert, num_common_blocks, siblings, yields
 from minipaged.core.prefix_cache import PrefixCache
-from minipaged.core.request import Request, RequestStatus, by_sort_key
+from minipaged.core.request import Request, RequestStatus
 from minipaged.core.scheduler_output import ScheduledSequence, SchedulerConfig, SchedulerOutput
-from minipaged.core.siblings import num_common_blocks, siblings
 from minipaged.core.swap import SwapSpace
 from minipaged.errors import RequestError, UnknownRequestError
 
@@ -95,7 +94,7 @@ class Scheduler:
         self.check_admissible(request.num_prompt_tokens, request.params)
         priority = request.priority if self.config.policy == "priority" else 0
         self._register(request, (priority, self._num_added + 1))
-        _insert(self.waiting, request)
+        insert(self.waiting, request)
 
     def _register(self, request: Request, place: tuple[int, int]) -> None:
         if request.request_id in self.requests:
@@ -116,13 +115,7 @@ class Scheduler:
             RequestError: ``child_id`` is taken, or ``params`` leave the child nothing to generate.
         """
         parent = self._get(request_id)
-        child = Request(child_id, parent.token_ids, params, parent.priority, parent.cache_salt)
-        child.num_prompt_tokens = parent.num_prompt_tokens
-        child.max_total_tokens = parent.num_prompt_tokens + params.max_tokens
-        child.use_prefix_cache = True  # the parent's prompt_logprobs are not computed twice
-        child.awaits_token = parent.awaits_token
-        child.num_cached_tokens = parent.num_cached_tokens
-        child.num_seqs = 1
+        child = parent.fork(child_id, params)
         self.check_admissible(child.num_prompt_tokens, params)
         if parent.num_tokens >= child.max_total_tokens:
             raise RequestError(
@@ -137,9 +130,9 @@ class Scheduler:
             child.num_published_blocks = parent.num_published_blocks
             child.published_id = parent.published_id
             child.status = RequestStatus.RUNNING
-            _insert(self.running, child)
+            insert(self.running, child)
         else:
-            _insert(self.waiting, child)
+            insert(self.waiting, child)
         return child
 
     def _may_share(self) -> bool:
@@ -188,7 +181,7 @@ class Scheduler:
             raise UnknownRequestError(f"no request {request_id!r} is waiting or running.") from None
 
     def _remove(self, request: Request) -> None:
-        _delete(self.waiting if request.status is RequestStatus.WAITING else self.running, request)
+        delete(self.waiting if request.status is RequestStatus.WAITING else self.running, request)
         if request.block_table is not None:
             request.block_table.release()
         self.swap.drop(request)
@@ -203,9 +196,10 @@ class Scheduler:
         self._preempt_for_urgent(output)
         self._continue_running(output)
         self._admit_waiting(output)
-        while not output.scheduled and self.running and self._next_waiting():
-            # All who run are beams that await a sibling, and hold the blocks that it waits for.
-            self._preempt_worst(output)
+        while not output.scheduled and (idle := self._worst_idle()):
+            # Beams that await a sibling hold the blocks that it wants.
+            self._preempt(idle, output)
+            self._continue_running(output)
             self._admit_waiting(output)
         output.scheduled.sort(key=_has_many_tokens)
         self.num_steps += 1
@@ -246,10 +240,10 @@ class Scheduler:
         if urgent is None:
             return
         awaited = any(sibling.awaits_token for sibling in siblings(urgent, self.running))
-        while self.running and _yields(self.running[-1], urgent, awaited):
+        while self.running and yields(self.running[-1], urgent, awaited):
             if self._has_seats(urgent) and self._fits(urgent, self._find_prefix(urgent)):
                 break
-            self._preempt_worst(output)
+            self._preempt(self.running[-1], output)
 
     def _continue_running(self, output: SchedulerOutput) -> None:
         """One token for each decoding request, chunks of prompt for the others, best first."""
@@ -346,7 +340,7 @@ class Scheduler:
         )
 
     def _start(self, request: Request, hits: list[Block]) -> None:
-        _delete(self.waiting, request)
+        delete(self.waiting, request)
         table = BlockTable(self.config.block_size, self.pool)
         table.share_prefix(hits)
         request.block_table = table
@@ -356,7 +350,7 @@ class Scheduler:
             self.num_prompt_tokens_cached += min(request.num_cached_tokens, request.num_prompt_tokens)
         self._reserve(request)
         request.status = RequestStatus.RUNNING
-        _insert(self.running, request)
+        insert(self.running, request)
 
     def _reserve(self, request: Request) -> None:
         request.block_table.append_slots(request.num_computed_tokens, request.num_tokens)
@@ -367,18 +361,24 @@ class Scheduler:
         while request.block_table.num_blocks_needed(start, start + num_tokens) > self.pool.num_free:
             if self.running[-1] is request:
                 return False
-            self._preempt_worst(output)
+            self._preempt(self.running[-1], output)
         return True
 
-    def _preempt_worst(self, output: SchedulerOutput) -> None:
-        """Take the blocks of the worst running request; it will compute its tokens again, or was swapped."""
-        request = self.running.pop()
+    def _worst_idle(self) -> Request | None:
+        """The worst running request that awaits its token, if anybody does not."""
+        if all(request.awaits_token for request in self.requests.values()):
+            return None
+        return next((request for request in reversed(self.running) if request.awaits_token), None)
+
+    def _preempt(self, request: Request, output: SchedulerOutput) -> None:
+        """Take the blocks of a running request; it will compute its tokens again, or was swapped."""
+        delete(self.running, request)
         self.swap.store(request, output)
         request.block_table.release()
         request.reset(RequestStatus.WAITING)
         request.num_preemptions += 1
         self.num_preemptions += 1
-        _insert(self.waiting, request)
+        insert(self.waiting, request)
         output.preempted.append(request.request_id)
 
     # -- inspection ---------------------------------------------------------------------------
@@ -394,21 +394,6 @@ class Scheduler:
             IntegrityError: a bug in minipaged, with what was found.
         """
         inspection.check(self)
-
-
-def _yields(running: Request, urgent: Request, awaited: bool) -> bool:
-    """Whether a running request makes place for a waiting one; priority is equal under ``fcfs``."""
-    if awaited:
-        return running.sort_key[:2] > urgent.sort_key[:2]
-    return running.sort_key[0] > urgent.sort_key[0]
-
-
-def _insert(queue: list[Request], request: Request) -> None:
-    bisect.insort(queue, request, key=by_sort_key)
-
-
-def _delete(queue: list[Request], request: Request) -> None:
-    del queue[bisect.bisect_left(queue, request.sort_key, key=by_sort_key)]
 
 
 def _has_many_tokens(sequence: ScheduledSequence) -> bool:
