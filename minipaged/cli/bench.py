@@ -162,7 +162,7 @@ def _configure_compare(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KIND=PROGRAM[:MODEL][,OPTION=VALUE...]",
-        help="openvino, transformers or llamacpp, the Python that has it, its model; repeatable",
+        help="llamacpp, onnxruntime, openvino or transformers, the Python that has it, its model; repeatable",
     )
     parser.add_argument("--model", default=EngineConfig.model, metavar="NAME", help="also of a peer that names none")
     parser.add_argument(

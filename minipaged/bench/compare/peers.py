@@ -20,6 +20,7 @@ RUNNERS = Path(__file__).with_name("runners")
 SCRIPTS = {
     "llamacpp": "run_llamacpp.py",
     "minipaged": "run_minipaged.py",
+    "onnxruntime": "run_onnxruntime.py",
     "openvino": "run_openvino.py",
     "transformers": "run_transformers.py",
 }
