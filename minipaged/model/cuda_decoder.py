@@ -101,6 +101,12 @@ class CudaDecoder:
             parts.append(self._fetch(rows))
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def plan_step(self, batch: Batch) -> list[Call]:
+        """Send a step and return its launches, without padding; for measurements."""
+        num_tokens, num_logits = len(batch.input_ids), len(batch.logits_indices)
+        shape = self._send(batch, num_tokens)
+        return [*self._plan(num_tokens, num_logits, shape), *self._logits_plan(0, num_logits)]
+
     def close(self) -> None:
         """Give the device back. Closing twice is harmless."""
         self._plan.cache_clear()

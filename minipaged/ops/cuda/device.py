@@ -180,3 +180,14 @@ def bind(device: Device, kernel: Kernel, grid: tuple[int, ...], **arguments) -> 
         slot[: dtype.itemsize] = np.array([value], dtype).view(np.uint8)
     three = (*grid, 1, 1)[:3]
     return Call(kernel, device.function(kernel), tuple(int(n) for n in three), packed)
+
+
+def argument_values(call: Call) -> dict[str, int | np.generic]:
+    """What a call passes, by name: addresses and integers, and floats of their own width."""
+    values = {}
+    for slot, (name, dtype) in zip(
+        call.arguments.view(np.uint8).reshape(-1, 8), _parameters(call.kernel).items(), strict=True
+    ):
+        value = slot[: dtype.itemsize].view(dtype)[0]
+        values[name] = int(value) if dtype.kind in "iu" else value
+    return values

@@ -17,7 +17,7 @@ from cuda_kernels.toolchain.memory import DeviceMemory, DeviceMemoryError
 from minipaged.errors import DeviceError, OutOfDeviceMemoryError
 
 from .compiled import compiled
-from .device import Call, scalar_type
+from .device import Call, argument_values
 
 MEMORY_BYTES = 4 << 30
 """What the emulated device pretends to have; the host provides only what is written."""
@@ -84,7 +84,7 @@ class EmulatedDevice:
                     kernel.entry,
                     call.grid,
                     (kernel.block, 1, 1),
-                    _values(call),
+                    list(argument_values(call).values()),
                     kernel.shared_bytes,
                     checks=self.checks,
                     memory=self._memory,
@@ -111,13 +111,3 @@ class _Recording:
 
     def launch(self) -> None:
         self._device.run(self._calls)
-
-
-def _values(call: Call) -> list:
-    """The arguments as the interpreter takes them: integers, and floats of their own width."""
-    values = []
-    for slot, kind in zip(call.arguments.view(np.uint8).reshape(-1, 8), call.kernel.signature, strict=True):
-        dtype = scalar_type(kind)
-        value = slot[: dtype.itemsize].view(dtype)[0]
-        values.append(int(value) if dtype.kind in "iu" else value)
-    return values

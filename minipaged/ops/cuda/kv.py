@@ -88,11 +88,12 @@ class CudaKVCache:
                 raise ValueError(f"block copies in a ring: {waiting}")
             waiting = [pair for pair in waiting if pair[1] in sources]
             table = DeviceArray.from_host(self.device, np.array(now, np.int32))
-            self.device.run(self._copies(table, len(now)))
+            self.device.run(self.copy_calls(table, len(now)))
             self.device.synchronize()
             table.free()
 
-    def _copies(self, table: DeviceArray, count: int) -> list[Call]:
+    def copy_calls(self, table: DeviceArray, count: int) -> list[Call]:
+        """The launches that copy ``count`` pairs ``table [count, 2]``, none of them both source and destination."""
         calls = []
         for array in filter(None, (self.data, self.scales)):
             block_bytes = array.shape[-1]

@@ -198,7 +198,7 @@ class Plan:
         if shape.kind == "prefill":
             for first in range(0, shape.num_tiles, TILES_AT_ONCE):
                 count = min(TILES_AT_ONCE, shape.num_tiles - first)
-                grid = attention_prefill.launch_dims(count, config.num_kv_heads, config.head_dim)[0]
+                grid = attention_prefill.launch_dims(count, config.num_kv_heads, config.head_dim, layout.dtype)[0]
                 tiles = inputs.tiles + 8 * first
                 self._add(attention_prefill.build(*sizes, **formats), grid, tiles=tiles, **arguments)
             return
