@@ -22,6 +22,7 @@ examples:
   minipaged bench latency --prompt-len 128 --batch-size 1,32
   minipaged bench memory
   minipaged bench roofline --format int8 --num-threads 2
+  minipaged bench kernels --device cuda --batch-size 1,32 --json card.json
   minipaged bench roofline --step --num-threads 2 --batch-size 1,32
   minipaged bench quality --text held-out.txt --mode reference --mode cpu:int8 --mode cpu:int4:kv=int8
   minipaged bench compare --peer transformers=/venv/bin/python:/models/hf --mode cpu:int8 --json result.json
@@ -37,6 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_scaling(_add(kinds, "scaling", _scaling, "decode speed by number of users and by context"))
     _configure_memory(_add(kinds, "memory", _memory, "reserved KV slots that hold no token, paged and contiguous"))
     _configure_roofline(_add(kinds, "roofline", _roofline, "products of the cpu backend against this machine's peaks"))
+    _configure_kernels(_add(kinds, "kernels", _kernels, "each kernel of a step on a CUDA device, against its copies"))
     _configure_compare(_add(kinds, "compare", _compare, "other engines on the same work, in turn with ours"))
     _configure_sharing(_add(kinds, "sharing", _sharing, "KV blocks saved by samples, beams and prompts that share"))
     _configure_grammar(_add(kinds, "grammar", _grammar, "what masking by a JSON schema adds to a decode step"))
@@ -154,6 +156,16 @@ def _configure_roofline(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--context", type=positive_int, default=256, metavar="N", help="tokens a sequence has; 256")
     add_engine_options(parser, omit=(*OMITTED_ENGINE_OPTIONS, "num_threads"))
+
+
+def _configure_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size", type=positive_ints, default=[1, 32], metavar="N,N,...", help="sequences that decode (1,32)"
+    )
+    parser.add_argument("--context", type=positive_int, default=512, metavar="N", help="tokens of each; 512")
+    parser.add_argument("--prompt-len", type=positive_int, default=512, metavar="N", help="of the prefill; 512")
+    parser.add_argument("--repetitions", type=positive_int, default=20, metavar="N", help="in one recording; 20")
+    add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
 
 
 def _configure_compare(parser: argparse.ArgumentParser) -> None:
@@ -344,6 +356,19 @@ def _compare(args: argparse.Namespace) -> tuple[str, dict]:
     )
     result = {"bench": "compare", "model": args.model, "cpu": machine.cpu()["model"], **result}
     return f"model  {args.model}\ncpu    {result['cpu']}\n" + report.compare_text(result), result
+
+
+def _kernels(args: argparse.Namespace) -> tuple[str, dict]:
+    from minipaged.bench import kernels, report
+    from minipaged.engine import Engine
+
+    engine = Engine(EngineConfig(**{"device": "cuda", **given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)}))
+    context = report.context(engine)
+    result = kernels.measure(
+        engine, args.batch_size, args.context, args.prompt_len, args.repetitions, progress=note
+    )
+    result = {"bench": "kernels", "context": context, **result}
+    return report.context_text(context) + "\n" + kernels.text(result), result
 
 
 def _roofline(args: argparse.Namespace) -> tuple[str, dict]:
