@@ -95,6 +95,8 @@ class Runner:
 
 def build_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_size: int) -> Batch:
     """The arrays of a step: tokens of all sequences one after the other (shapes: :class:`Batch`)."""
+    if len(scheduled[-1].token_ids) == 1:  # sequences with more tokens than one come last
+        return _decode_batch(scheduled, rows, block_size)
     lengths = np.array([len(s.token_ids) for s in scheduled], dtype=np.int64)
     starts = np.array([s.num_computed_tokens for s in scheduled], dtype=np.int64)
     query_start_loc = np.zeros(len(scheduled) + 1, dtype=np.int32)
@@ -115,6 +117,28 @@ def build_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_size
         slot_mapping=blocks * block_size + positions % block_size,
         query_start_loc=query_start_loc,
         context_lens=context_lens.astype(np.int32),
+        block_tables=block_tables,
+        logits_indices=rows,
+    )
+
+
+def _decode_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_size: int) -> Batch:
+    """The same for a step of one token each, with fewer small arrays: between two forward passes each
+    of them is a walk through cold memory, which a single user waits for."""
+    count = len(scheduled)
+    positions = [s.num_computed_tokens for s in scheduled]
+    block_tables = np.zeros((count, max(positions) // block_size + 1), dtype=np.int32)
+    slots = []
+    for row, sequence, position in zip(block_tables, scheduled, positions, strict=True):
+        block, offset = divmod(position, block_size)
+        row[: block + 1] = sequence.block_ids[: block + 1]
+        slots.append(sequence.block_ids[block] * block_size + offset)
+    return Batch(
+        input_ids=np.array([s.token_ids[0] for s in scheduled], dtype=np.int32),
+        positions=np.array(positions, dtype=np.int32),
+        slot_mapping=np.array(slots, dtype=np.int64),
+        query_start_loc=np.arange(count + 1, dtype=np.int32),
+        context_lens=np.array(positions, dtype=np.int32) + np.int32(1),
         block_tables=block_tables,
         logits_indices=rows,
     )

@@ -108,10 +108,12 @@ class CpuDecoder:
     def _tiles(self, batch: Batch) -> np.ndarray:
         """Rows of (sequence, first row, queries, first position): the queries that share K and V."""
         size = self._queries_per_tile
+        if len(batch.positions) == len(batch.context_lens):  # one token of each sequence
+            tiles = np.ones((len(batch.positions), 4), np.int32)
+            tiles[:, 0] = tiles[:, 1] = batch.query_start_loc[:-1]
+            tiles[:, 3] = batch.positions
+            return tiles
         lengths = np.diff(batch.query_start_loc)
-        if lengths.max() == 1:
-            sequences = np.arange(len(lengths))
-            return np.stack([sequences, sequences, lengths, batch.positions], axis=1).astype(np.int32)
         counts = -(-lengths // size)
         sequence = np.repeat(np.arange(len(lengths)), counts)
         number = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
