@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from minipaged.cli import generate
-from minipaged.cli.options import add_common_options, add_engine_options, add_sampling_options, given
+from minipaged.cli.options import add_common_options, add_engine_options, add_sampling_options, given, given_sampling
 from minipaged.cli.terminal import human_bytes, note, write
-from minipaged.config import EngineConfig, SamplingParams
+from minipaged.config import EngineConfig
 from minipaged.errors import InvalidParameterError, MinipagedError
 
 SUMMARY = "save a long prompt's KV, and load it again"
@@ -46,8 +46,7 @@ def _add(kinds, name: str, function, summary: str) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    options = given(args, SamplingParams)
-    SamplingParams(**options)  # refuses bad values before the model is loaded
+    options = given_sampling(args)
     if args.raw and args.system is not None:
         raise InvalidParameterError("--system needs the chat template, which --raw leaves out; give one of the two.")
     text = None

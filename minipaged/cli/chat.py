@@ -8,9 +8,9 @@ import sys
 from collections.abc import Iterator
 
 from minipaged.cli.generate import OMITTED_ENGINE_OPTIONS, sampling_params
-from minipaged.cli.options import add_engine_options, add_sampling_options, given
+from minipaged.cli.options import add_engine_options, add_sampling_options, given, given_sampling
 from minipaged.cli.terminal import human_bytes, note, write
-from minipaged.config import EngineConfig, SamplingParams
+from minipaged.config import EngineConfig
 from minipaged.errors import InvalidParameterError, MinipagedError, TokenizerError
 
 SUMMARY = "talk with a model"
@@ -33,13 +33,12 @@ HELP = """\
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message at the beginning of the conversation")
-    add_sampling_options(parser)
+    add_sampling_options(parser, omit=("n", "best_of"))
     add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
 
 
 def run(args: argparse.Namespace) -> None:
-    options = given(args, SamplingParams)
-    SamplingParams(**options)  # refuses bad values before the model is loaded
+    options = given_sampling(args)
 
     from minipaged.llm import LLM
 

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from minipaged.cli.options import DEFAULT_MAX_TOKENS, add_engine_options, add_sampling_options, given
+from minipaged.cli.options import DEFAULT_MAX_TOKENS, add_engine_options, add_sampling_options, given, given_sampling
 from minipaged.cli.terminal import note, write
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidParameterError, MinipagedError
@@ -24,6 +24,8 @@ examples:
   minipaged generate "Why is the sky blue?"
   minipaged generate --temperature 0.8 --seed 7 --max-tokens 60 "Write a haiku about memory."
   minipaged generate --raw "Once upon a time"
+  minipaged generate --n 3 --temperature 1 "Invent a name for a cat."
+  minipaged generate --beam-width 4 "Translate to French: Good morning."
   minipaged generate --json "First question" "Second question" > answers.jsonl
   minipaged generate --file notes.txt --system "Summarise the user's text."
   git log -5 | minipaged generate -
@@ -51,8 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    options = given(args, SamplingParams)
-    SamplingParams(**options)  # refuses bad values before the model is loaded
+    options = given_sampling(args)
     if args.raw and args.system is not None:
         raise InvalidParameterError("--system needs the chat template, which --raw leaves out; give one of the two.")
     texts = read_prompts(args.prompts, args.file)
@@ -126,7 +127,11 @@ def sampling_params(llm, prompt: dict, options: dict) -> SamplingParams:
 
 
 def stream(llm, prompt: dict, params: SamplingParams) -> RequestOutput:
-    """Write an answer as it comes, and return it."""
+    """Write an answer as it comes, and return it; several continuations come when all are known."""
+    if params.n > 1:
+        (output,) = llm.generate(prompt, params)
+        write(_text_of(output))
+        return output
     with contextlib.closing(llm.stream(prompt, params)) as outputs:
         for output in outputs:
             write(output.outputs[0].delta)
@@ -140,7 +145,12 @@ def _print(outputs: list[RequestOutput], *, as_json: bool) -> None:
         for output in outputs:
             write(json.dumps(to_json(output), ensure_ascii=False) + "\n")
     else:
-        write("\n".join(output.outputs[0].text.removesuffix("\n") + "\n" for output in outputs))
+        write("\n".join(map(_text_of, outputs)))
+
+
+def _text_of(output: RequestOutput) -> str:
+    """The continuations, best first, each ended by a newline, with a line of three hyphens between them."""
+    return "---\n".join(completion.text.removesuffix("\n") + "\n" for completion in output.outputs)
 
 
 def to_json(output: RequestOutput) -> dict:
@@ -154,12 +164,13 @@ def to_json(output: RequestOutput) -> dict:
 def _report(outputs: list[RequestOutput]) -> None:
     prompt = sum(len(o.prompt_token_ids) for o in outputs)
     cached = sum(o.num_cached_tokens for o in outputs)
-    generated = sum(len(o.outputs[0].token_ids) for o in outputs)
+    completions = [completion for output in outputs for completion in output.outputs]
+    generated = sum(len(completion.token_ids) for completion in completions)
     began = min(o.metrics.arrival_time for o in outputs)
     ended = max(o.metrics.finished_time for o in outputs)
     first = min((o.metrics.first_token_time for o in outputs if o.metrics.first_token_time), default=ended)
     note(
         f"{prompt} prompt tokens ({cached} from the cache), {generated} generated in {ended - began:.2f} s "
         f"({generated / max(ended - began, 1e-9):.1f} tokens/s), first token after {first - began:.2f} s; "
-        f"finished by: {', '.join(sorted({o.outputs[0].finish_reason for o in outputs}))}"
+        f"finished by: {', '.join(sorted({completion.finish_reason for completion in completions}))}"
     )

@@ -61,6 +61,18 @@ def given(args: argparse.Namespace, cls: type, omit: tuple[str, ...] = ()) -> di
     return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
+def given_sampling(args: argparse.Namespace) -> dict:
+    """The fields of ``SamplingParams`` that the command line set; ``--beam-width`` asks for beam search.
+
+    Raises :class:`InvalidParameterError` for bad values, so that no model is loaded in vain.
+    """
+    options = given(args, SamplingParams)
+    if "beam_width" in options:
+        options.setdefault("use_beam_search", True)
+    SamplingParams(**options)
+    return options
+
+
 def _add_fields(group, cls: type, omit: tuple[str, ...], *, show_defaults: bool) -> None:
     hints, help_texts = typing.get_type_hints(cls), field_help(cls)
     for field in dataclasses.fields(cls):

@@ -49,6 +49,27 @@ def test_generate_json_lines_of_several_prompts(cli, tmp_path):
     assert all(len(result["outputs"][0]["token_ids"]) == 6 and result["finished"] for result in results)
 
 
+def test_generate_several_continuations(cli, llm):
+    params = SamplingParams(n=3, temperature=0.9, seed=4, max_tokens=6)
+    expected = [c.text for c in llm.generate("ROMEO:", params)[0].outputs]
+    flags = ("--n", "3", "--temperature", "0.9", "--seed", "4", "--stats")
+    code, out, err = cli("generate", *SHORT, *flags, "--raw", "ROMEO:")
+    assert (code, out) == (0, "---\n".join(text.removesuffix("\n") + "\n" for text in expected))
+    assert "18 generated" in err
+
+
+def test_generate_with_beams(cli, llm):
+    """--beam-width alone asks for beam search."""
+    expected = llm.beam_search("ROMEO:", beam_width=4, n=2, max_tokens=6, length_penalty=0.5, early_stopping="never")
+    flags = ("--beam-width", "4", "--n", "2", "--length-penalty", "0.5", "--early-stopping", "never", "--json")
+    code, out, _ = cli("generate", *SHORT, *flags, "--raw", "ROMEO:")
+    outputs = json.loads(out)["outputs"]
+    assert code == 0
+    assert [(o["token_ids"], o["beam_score"]) for o in outputs] == [
+        (c.token_ids, pytest.approx(c.beam_score, abs=1e-4)) for c in expected[0].outputs
+    ]
+
+
 def test_generate_several_prompts_as_text(cli):
     singles = [cli("generate", *SHORT, "--raw", prompt)[1] for prompt in ("ROMEO:", "JULIET:")]
     code, out, _ = cli("generate", *SHORT, "--raw", "ROMEO:", "JULIET:")

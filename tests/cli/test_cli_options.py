@@ -67,6 +67,11 @@ def test_values_have_the_fields_types():
     }
 
 
+def test_early_stopping_is_a_truth_value_or_a_word():
+    values = [parse("--early-stopping", text).early_stopping for text in ("true", "False", "never")]
+    assert values == [True, False, "never"]
+
+
 def test_seed_belongs_to_the_request():
     args = parse("--seed", "5")
     assert options.given(args, SamplingParams) == {"seed": 5}

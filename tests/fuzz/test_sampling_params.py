@@ -35,7 +35,9 @@ SOUND = {
     "logit_bias": [None, {}, {0: 100}, {1: -100, 63: 0.5}],
     "ignore_eos": [True, False],
 }
-NAMES = [*SOUND, "n", "max_tokens", "prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens", "typo", 7]
+SEVERAL = ["n", "best_of", "use_beam_search", "beam_width", "length_penalty", "early_stopping"]
+OTHERS = ["max_tokens", "prompt_logprobs", "include_stop_str_in_output", "skip_special_tokens", "typo", 7]
+NAMES = [*SOUND, *SEVERAL, *OTHERS]
 
 
 class ByteTokenizer:
