@@ -28,8 +28,9 @@ from functools import cache
 
 from numba import cuda
 
-from cuda_kernels.attention_tile import CHUNK, KEYS, fold, fold_factors, inverse_of, tile_functions
+from cuda_kernels.attention_tile import CHUNK, KEYS, fold, fold_factors, inverse_of, tile_functions, warp_index
 from cuda_kernels.dtypes import ELEMENTS, storer
+from cuda_kernels.intrinsics import flat
 from cuda_kernels.kernel import Kernel, float32, int32, pointer, uint32
 
 WARPS = CHUNK // KEYS
@@ -59,7 +60,9 @@ def build(
     cc: tuple[int, int] = (8, 0),
     split: bool = False,
 ) -> Kernel:
-    """``attention_decode(q, k_cache, v_cache, k_scales, v_scales, block_tables, query_start_loc, context_lens, tiles, out, workspace, max_blocks, window, scale)``."""
+    """Arguments ``(q, k_cache, v_cache, k_scales, v_scales, block_tables, query_start_loc, context_lens, tiles, out,
+    workspace, max_blocks, window, scale)``; scales, and ``workspace`` where nothing needs it, may be anything.
+    """
     group, rows = num_heads // num_kv_heads, tile_rows(num_heads, num_kv_heads)
     functions = tile_functions(num_kv_heads, group, head_dim, block_size, soft_cap, dtype, kv_dtype, cc)
     find_keys, load_queries, score = functions.find_keys, functions.load_queries, functions.score
@@ -76,15 +79,15 @@ def build(
         max_blocks, window, scale,
     ):  # fmt: skip
         queries = cuda.shared.array(query_words, uint32, 16)
-        slots = cuda.shared.array(slots_size, int32)
-        parts = cuda.shared.array(parts_size, float32)
-        maxima = cuda.shared.array(stats_size, float32)
-        sums = cuda.shared.array(stats_size, float32)
-        before = cuda.shared.array(stats_size, float32)  # factors of what came before a warp's tile
-        of_tile = cuda.shared.array(stats_size, float32)
-        before_chunk = cuda.shared.array(rows, float32)
-        of_chunk = cuda.shared.array(rows, float32)
-        thread, warp, lane = cuda.threadIdx.x, cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+        slots = flat(cuda.shared.array(slots_size, int32))
+        parts = flat(cuda.shared.array(parts_size, float32))
+        maxima = flat(cuda.shared.array(stats_size, float32))
+        sums = flat(cuda.shared.array(stats_size, float32))
+        before = flat(cuda.shared.array(stats_size, float32))  # factors of what came before a warp's tile
+        of_tile = flat(cuda.shared.array(stats_size, float32))
+        before_chunk = flat(cuda.shared.array(rows, float32))
+        of_chunk = flat(cuda.shared.array(rows, float32))
+        thread, warp, lane = cuda.threadIdx.x, warp_index(), cuda.threadIdx.x % 32
         g, t, kv_head = lane // 4, lane % 4, cuda.blockIdx.y
         sequence, row = tiles[2 * cuda.blockIdx.x], tiles[2 * cuda.blockIdx.x + 1]
         first_token = query_start_loc[sequence]
@@ -96,7 +99,7 @@ def build(
         last = start + (min(row + rows, num_rows) - 1) // group
         lowest = max(0, start + row // group - window + 1)
         my_slots, table = warp * KEYS, sequence * max_blocks
-        load_queries(queries, 0, q, first_token, row, min(num_rows, row + rows), kv_head, warp, WARPS)
+        load_queries(queries, query_words, q, first_token, row, min(num_rows, row + rows), kv_head, THREADS)
 
         s = cuda.local.array(32, float32)
         weights = cuda.local.array(16, uint32)
@@ -131,19 +134,21 @@ def build(
                         sums[warp * rows + g + 8] = l1
             cuda.syncthreads()
             if thread < rows:
-                m, l = float32(-INFINITY), float32(0)
+                chunk_m, chunk_l = float32(-INFINITY), float32(0)
                 w = first_warp
                 while w < end_warp:
                     at = w * rows + thread
-                    m, l, before[at], of_tile[at] = fold_factors(m, l, maxima[at], sums[at])
+                    factors = fold_factors(chunk_m, chunk_l, maxima[at], sums[at])
+                    chunk_m, chunk_l, before[at], of_tile[at] = factors
                     w += 1
                 if split:
                     cell = (cuda.blockIdx.x * cuda.gridDim.y + kv_head) * cuda.gridDim.z + chunk
                     stats = cuda.gridDim.x * cuda.gridDim.y * cuda.gridDim.z * rows * head_dim
-                    workspace[stats + (cell * rows + thread) * 2] = m
-                    workspace[stats + (cell * rows + thread) * 2 + 1] = l
+                    workspace[stats + (cell * rows + thread) * 2] = chunk_m
+                    workspace[stats + (cell * rows + thread) * 2 + 1] = chunk_l
                 else:
-                    maximum, total, before_chunk[thread], of_chunk[thread] = fold_factors(maximum, total, m, l)
+                    factors = fold_factors(maximum, total, chunk_m, chunk_l)
+                    maximum, total, before_chunk[thread], of_chunk[thread] = factors
 
             for block in range(blocks):
                 if mine:

@@ -37,16 +37,16 @@ def key_words(width: int, head_dim: int, dtype: str, kv_dtype: str):
 
     @cuda.jit(device=True)
     def load_8(words, cache, slot, block, t):
-        index = slot * head_dim + block * 32 + 8 * t
+        index = int32(slot * head_dim + block * 32 + 8 * t)
         words[0], words[1], words[2], words[3] = ldg128(cache, index)
 
     @cuda.jit(device=True)
     def load_4(words, cache, slot, block, t):
-        words[0], words[1] = ldg64(cache, slot * head_dim + block * 16 + 4 * t)
+        words[0], words[1] = ldg64(cache, int32(slot * head_dim + block * 16 + 4 * t))
 
     @cuda.jit(device=True)
     def load_2(words, cache, slot, block, t):
-        index = slot * head_dim + block * 16 + 2 * t
+        index = int32(slot * head_dim + block * 16 + 2 * t)
         words[0] = ldg32(cache, index)
         words[1] = uint32(0)
         if block * 16 + 8 < head_dim:
@@ -54,18 +54,18 @@ def key_words(width: int, head_dim: int, dtype: str, kv_dtype: str):
 
     @cuda.jit(device=True)
     def load_8_int8(words, cache, slot, block, t):
-        low, high = ldg64(cache, slot * head_dim + block * 32 + 8 * t)
+        low, high = ldg64(cache, int32(slot * head_dim + block * 32 + 8 * t))
         words[0], words[1] = pack(_byte(low, 0), _byte(low, 1)), pack(_byte(low, 2), _byte(low, 3))
         words[2], words[3] = pack(_byte(high, 0), _byte(high, 1)), pack(_byte(high, 2), _byte(high, 3))
 
     @cuda.jit(device=True)
     def load_4_int8(words, cache, slot, block, t):
-        word = ldg32(cache, slot * head_dim + block * 16 + 4 * t)
+        word = ldg32(cache, int32(slot * head_dim + block * 16 + 4 * t))
         words[0], words[1] = pack(_byte(word, 0), _byte(word, 1)), pack(_byte(word, 2), _byte(word, 3))
 
     @cuda.jit(device=True)
     def load_2_int8(words, cache, slot, block, t):
-        index = slot * head_dim + block * 16 + 2 * t
+        index = int32(slot * head_dim + block * 16 + 2 * t)
         words[0] = pack(float32(cache[index]), float32(cache[index + 1]))
         words[1] = uint32(0)
         if block * 16 + 8 < head_dim:

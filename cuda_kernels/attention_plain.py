@@ -53,7 +53,8 @@ def build(
     dtype: str = "float32",
     kv_dtype: str = "float32",
 ) -> Kernel:
-    """``attention_plain(q, k_cache, v_cache, k_scales, v_scales, block_tables, sequences, positions, out, max_blocks, window, scale)``.
+    """Arguments ``(q, k_cache, v_cache, k_scales, v_scales, block_tables, sequences, positions, out, max_blocks,
+    window, scale)``.
 
     ``window``: keys that a token sees at most, itself included (:data:`NO_WINDOW`: all).
     """

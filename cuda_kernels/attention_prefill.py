@@ -26,8 +26,9 @@ from functools import cache
 
 from numba import cuda
 
-from cuda_kernels.attention_tile import CHUNK, KEYS, ROWS, fold, fold_factors, inverse_of, tile_functions
+from cuda_kernels.attention_tile import CHUNK, KEYS, ROWS, fold, fold_factors, inverse_of, tile_functions, warp_index
 from cuda_kernels.dtypes import ELEMENTS, storer
+from cuda_kernels.intrinsics import flat
 from cuda_kernels.kernel import Kernel, float32, int32, pointer, uint32
 
 WARPS = 4
@@ -36,9 +37,10 @@ TILE_ROWS = WARPS * ROWS
 INFINITY = math.inf
 
 
-def head_parts(head_dim: int) -> int:
-    """Into how many parts the values of a head are divided."""
-    return 2 if head_dim > 128 and head_dim % 16 == 0 else 1
+def head_parts(head_dim: int, kv_dtype: str) -> int:
+    """Into how many parts the values of a head are divided; int8 needs registers to become 16-bit."""
+    most = 64 if kv_dtype == "int8" else 128
+    return next(parts for parts in range(1, 33) if head_dim % (8 * parts) == 0 and head_dim // parts <= most)
 
 
 @cache
@@ -52,14 +54,18 @@ def build(
     kv_dtype: str = "float16",
     cc: tuple[int, int] = (8, 0),
 ) -> Kernel:
-    """``attention_prefill(q, k_cache, v_cache, k_scales, v_scales, block_tables, query_start_loc, context_lens, tiles, out, workspace, max_blocks, window, scale)``."""
+    """Arguments ``(q, k_cache, v_cache, k_scales, v_scales, block_tables, query_start_loc, context_lens, tiles, out,
+    workspace, max_blocks, window, scale)``; scales, and ``workspace`` where nothing needs it, may be anything.
+    """
     group = num_heads // num_kv_heads
-    functions = tile_functions(num_kv_heads, group, head_dim, block_size, soft_cap, dtype, kv_dtype, cc)
+    parts = head_parts(head_dim, kv_dtype)
+    most = 8 if head_dim <= 64 else 4  # the accumulators of a longer head leave few registers
+    widest = next(width for width in (8, 4, 2, 1) if width <= most and head_dim // parts % (8 * width) == 0)
+    functions = tile_functions(num_kv_heads, group, head_dim, block_size, soft_cap, dtype, kv_dtype, cc, widest)
     find_keys, load_queries, score = functions.find_keys, functions.load_queries, functions.score
     softmax, weigh, store = functions.softmax, functions.weigh, storer(dtype)
     query_words, width, blocks = functions.query_words, functions.value_width, functions.value_blocks
     shared_query_words, shared_slots = WARPS * query_words, WARPS * KEYS
-    parts = head_parts(head_dim)
     blocks_per_part = blocks // parts
     block_values = 4 * width
     lane_values = blocks_per_part * block_values
@@ -69,24 +75,24 @@ def build(
         max_blocks, window, scale,
     ):  # fmt: skip
         queries = cuda.shared.array(shared_query_words, uint32, 16)
-        slots = cuda.shared.array(shared_slots, int32)
-        warp, lane, kv_head = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32, cuda.blockIdx.y
-        sequence = tiles[2 * cuda.blockIdx.x]
-        row = tiles[2 * cuda.blockIdx.x + 1] + ROWS * warp
+        slots = flat(cuda.shared.array(shared_slots, int32))
+        warp, lane, kv_head = warp_index(), int32(cuda.threadIdx.x % 32), int32(cuda.blockIdx.y)
+        sequence, first_row = tiles[2 * cuda.blockIdx.x], tiles[2 * cuda.blockIdx.x + 1]
         first_token = query_start_loc[sequence]
-        num_tokens = query_start_loc[sequence + 1] - first_token
-        num_rows = num_tokens * group
-        if row >= num_rows:
-            return
-        before = context_lens[sequence] - num_tokens  # the position of the sequence's first row
+        num_tokens = int32(query_start_loc[sequence + 1] - first_token)
+        num_rows = int32(num_tokens * group)
+        before = int32(context_lens[sequence] - num_tokens)  # the position of the sequence's first row
+        last = int32(before + (min(first_row + TILE_ROWS, num_rows) - 1) // group)
+        lowest = int32(max(0, before + first_row // group - window + 1))
+        row = int32(first_row + ROWS * warp)
         position0 = int32(before + (row + lane // 4) // group)
         position1 = int32(before + (row + lane // 4 + 8) // group)
         lowest0, lowest1 = int32(position0 - window + 1), int32(position1 - window + 1)
-        last = before + (min(row + ROWS, num_rows) - 1) // group
-        lowest = max(0, before + row // group - window + 1)
-        first_block = cuda.blockIdx.z * blocks_per_part
-        my_queries, my_slots, table = warp * query_words, warp * KEYS, sequence * max_blocks
-        load_queries(queries, my_queries, q, first_token, row, num_rows, kv_head, 0, 1)
+        first_block = int32(cuda.blockIdx.z * blocks_per_part)
+        my_queries, my_slots = int32(warp * query_words), int32(warp * KEYS)
+        table = sequence * max_blocks
+        load_queries(queries, shared_query_words, q, first_token, first_row, num_rows, kv_head, THREADS)
+        cuda.syncthreads()
         mine = (cuda.blockIdx.x * cuda.gridDim.y + kv_head) * parts + cuda.blockIdx.z
         mine = (mine * WARPS + warp) * lane_values * 32 + lane
 
@@ -98,11 +104,11 @@ def build(
         total_l0 = total_l1 = float32(0)
         for i in range(lane_values):
             acc[i] = float32(0)
-        tile = lowest // KEYS * KEYS
-        first_chunk = tile // CHUNK
+        tile = int32(lowest // KEYS * KEYS)
+        first_chunk = int32(tile // CHUNK)
         while tile <= last:
-            chunk = tile // CHUNK
-            end = min(last + 1, (chunk + 1) * CHUNK)
+            chunk = int32(tile // CHUNK)
+            end = int32(min(last + 1, (chunk + 1) * CHUNK))
             m0 = m1 = float32(-INFINITY)
             l0 = l1 = float32(0)
             for i in range(lane_values):
@@ -123,7 +129,7 @@ def build(
                         acc[at + 1] = fold(acc[at + 1], before0, c[4 * j + 1], tile0)
                         acc[at + 2] = fold(acc[at + 2], before1, c[4 * j + 2], tile1)
                         acc[at + 3] = fold(acc[at + 3], before1, c[4 * j + 3], tile1)
-                tile += KEYS
+                tile = int32(tile + KEYS)
             total_m0, total_l0, before0, tile0 = fold_factors(total_m0, total_l0, m0, l0)
             total_m1, total_l1, before1, tile1 = fold_factors(total_m1, total_l1, m1, l1)
             if chunk > first_chunk:
@@ -138,7 +144,7 @@ def build(
                     workspace[mine + 32 * i] = acc[i]
 
         inverse0, inverse1 = inverse_of(total_l0), inverse_of(total_l1)
-        g, t = lane // 4, lane % 4
+        g, t = int32(lane // 4), int32(lane % 4)
         for half in range(2):
             r = row + g + 8 * half
             if r < num_rows:
@@ -168,7 +174,7 @@ def build(
 
 
 def launch_dims(
-    num_tiles: int, num_kv_heads: int, head_dim: int
+    num_tiles: int, num_kv_heads: int, head_dim: int, kv_dtype: str
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Grid and block for ``num_tiles`` tiles of 64 rows."""
-    return (num_tiles, num_kv_heads, head_parts(head_dim)), (THREADS, 1, 1)
+    return (num_tiles, num_kv_heads, head_parts(head_dim, kv_dtype)), (THREADS, 1, 1)

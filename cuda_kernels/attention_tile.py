@@ -80,6 +80,12 @@ class TileFunctions:
 
 
 @cuda.jit(device=True)
+def warp_index():
+    """The number of this thread's warp, read from its first lane: the compiler sees that all lanes agree."""
+    return int32(cuda.shfl_sync(FULL, cuda.threadIdx.x // 32, 0))
+
+
+@cuda.jit(device=True)
 def fold_factors(maximum, total, tile_maximum, tile_total):
     """(new maximum, new total, factor of what came before, factor of the tile)."""
     new = max(maximum, tile_maximum)
@@ -117,20 +123,31 @@ def _mma_of(dtype: str, cc):
 
 @cache
 def tile_functions(
-    num_kv_heads: int, group: int, head_dim: int, block_size: int, soft_cap, dtype: str, kv_dtype: str, cc
+    num_kv_heads: int,
+    group: int,
+    head_dim: int,
+    block_size: int,
+    soft_cap: float | None,
+    dtype: str,
+    kv_dtype: str,
+    cc: tuple[int, int],
+    widest: int = 8,
 ) -> TileFunctions:
-    """Device functions for 16 rows of ``dtype`` against K and V of ``kv_dtype``, on cards of ``cc`` and newer."""
+    """Device functions for 16 rows of ``dtype`` against K and V of ``kv_dtype``, on cards of ``cc`` and newer.
+
+    ``widest`` bounds E of V, and with it the registers that :attr:`TileFunctions.weigh` takes; it changes no bit.
+    """
     mma = _mma_of(dtype, cc)
     pack = pack_bf16x2 if dtype == "bfloat16" else pack_half2
     quantised, capped, cap = kv_dtype == "int8", soft_cap is not None, soft_cap or 1.0
     key_width = next(width for width in (8, 4, 2) if head_dim % (4 * width) == 0)
-    value_width = next(width for width in (8, 4, 2, 1) if head_dim % (8 * width) == 0)
+    value_width = next(width for width in (8, 4, 2, 1) if width <= widest and head_dim % (8 * width) == 0)
     load_key, load_values = key_words(key_width, head_dim, dtype, kv_dtype), value_words(value_width, dtype, kv_dtype)
     key_block = max(4 * key_width, 16)  # values of D that one load of a key covers
     key_blocks, steps = -(-head_dim // key_block), key_block // 16
     key_load_words, value_load_words = 2 * steps, words_per_load(value_width)
     value_block = 8 * value_width
-    num_heads = num_kv_heads * group
+    num_heads, query_words = num_kv_heads * group, key_blocks * steps * 128
 
     @cuda.jit(device=True)
     def find_keys(slots, first, tile, lowest, last, kv_head, block_tables, table):
@@ -138,51 +155,51 @@ def tile_functions(
 
         Keys outside ``lowest`` to ``last`` are replaced by the nearest one inside.
         """
-        lane = cuda.threadIdx.x % 32
+        lane = int32(cuda.threadIdx.x % 32)
         cuda.syncwarp()  # the slots of the tile before have been read
         for i in range(2):
-            key = min(max(tile + lane + 32 * i, lowest), last)
+            key = int32(min(max(tile + lane + 32 * i, lowest), last))
             block = block_tables[table + key // block_size]
             slots[first + lane + 32 * i] = int32((block * num_kv_heads + kv_head) * block_size + key % block_size)
         cuda.syncwarp()
 
     @cuda.jit(device=True)
-    def load_queries(queries, first, q, first_token, row, num_rows, kv_head, worker, workers):
-        """Fragments of the rows ``row`` to ``row + 15`` to shared memory, by the warps ``worker`` of ``workers``.
+    def load_queries(queries, size, q, first_token, row, num_rows, kv_head, threads):
+        """The fragments of rows ``row``, ... to ``size`` words of shared memory, by all threads of the block.
 
-        Row ``r`` is head ``r % group`` of the KV head's, of the sequence's token ``r // group``.
+        Row ``r`` is head ``r % group`` of the KV head's, of the sequence's token ``r // group``. Every 16 rows
+        take ``query_words``: for each mma, lane and register of A one word.
         """
-        lane = cuda.threadIdx.x % 32
-        g, t = lane // 4, lane % 4
-        step = worker
-        while step < key_blocks * steps:
-            for i in range(4):
-                r = row + g + 8 * (i % 2)
-                if key_width == 8:
-                    d = step // 2 * 32 + 8 * t + step % 2 * 4 + i // 2 * 2
-                elif key_width == 4:
-                    d = step * 16 + 4 * t + i // 2 * 2
-                else:
-                    d = step * 16 + 2 * t + i // 2 * 8
-                word = uint32(0)
-                if r < num_rows and d < head_dim:
-                    head = (first_token + r // group) * num_heads + kv_head * group + r % group
-                    word = ldg32(q, head * head_dim + d)
-                sts32(queries, first + (step * 32 + lane) * 4 + i, word)
-            step += workers
+        word = cuda.threadIdx.x
+        while word < size:
+            i, lane, step = word % 4, word // 4 % 32, word % query_words // 128
+            t = lane % 4
+            r = row + word // query_words * ROWS + lane // 4 + 8 * (i % 2)
+            if key_width == 8:
+                d = step // 2 * 32 + 8 * t + step % 2 * 4 + i // 2 * 2
+            elif key_width == 4:
+                d = step * 16 + 4 * t + i // 2 * 2
+            else:
+                d = step * 16 + 2 * t + i // 2 * 8
+            pair = uint32(0)
+            if r < num_rows and d < head_dim:
+                head = (first_token + r // group) * num_heads + kv_head * group + r % group
+                pair = ldg32(q, head * head_dim + d)
+            sts32(queries, word, pair)
+            word += threads
 
     @cuda.jit(device=True)
     def score(queries, at, k_cache, slots, first, s):
         """``s[4 j + i]``: the fragment of the scores of keys 8 j to 8 j + 7, without any scale."""
-        lane = cuda.threadIdx.x % 32
-        g, t = lane // 4, lane % 4
+        lane = int32(cuda.threadIdx.x % 32)
+        g, t = int32(lane // 4), int32(lane % 4)
         words = cuda.local.array(key_load_words, uint32)
         a = cuda.local.array(8, uint32)
         for i in range(32):
             s[i] = float32(0)
         for block in range(key_blocks):
             for step in range(steps):
-                fragment = at + ((block * steps + step) * 32 + lane) * 4
+                fragment = int32(at + ((block * steps + step) * 32 + lane) * 4)
                 a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3] = lds128(queries, fragment)
             for j in range(8):
                 load_key(words, k_cache, slots[first + 8 * j + g], block, t)
@@ -248,15 +265,16 @@ def tile_functions(
         For row g, c[4 j] is value ``8 E block + 2 t E + j`` and c[4 j + 1] is E further; c[4 j + 2] and
         c[4 j + 3] are the same of row g + 8.
         """
-        lane = cuda.threadIdx.x % 32
-        g, t = lane // 4, lane % 4
+        lane = int32(cuda.threadIdx.x % 32)
+        g, t = int32(lane // 4), int32(lane % 4)
         words = cuda.local.array(16, uint32)
         for i in range(4 * value_width):
             c[i] = float32(0)
         for step in range(4):
+            cuda.syncwarp()  # keeps the compiler from loading all steps' values at once, into registers it lacks
             for i in range(4):
                 slot = slots[first + 16 * step + 2 * t + i % 2 + i // 2 * 8]
-                value = slot * head_dim + block * value_block + g * value_width
+                value = int32(slot * head_dim + block * value_block + g * value_width)
                 load_values(words, i * value_load_words, v_cache, value, v_scales, slot)
             for j in range(value_width):
                 selector = uint32(0x5410) if j % 2 == 0 else uint32(0x7632)
@@ -275,7 +293,7 @@ def tile_functions(
         score=score,
         softmax=softmax,
         weigh=weigh,
-        query_words=key_blocks * steps * 128,
+        query_words=query_words,
         value_width=value_width,
         value_blocks=head_dim // value_block,
     )

@@ -89,7 +89,8 @@ def build(
     dtype: str = "float32",
     kv_dtype: str = "float32",
 ) -> Kernel:
-    """``rope_kv(qkv, positions, cos, sin, q_weight, k_weight, slot_mapping, q, k_cache, v_cache, k_scales, v_scales, eps)``.
+    """Arguments ``(qkv, positions, cos, sin, q_weight, k_weight, slot_mapping, q, k_cache, v_cache, k_scales, v_scales,
+    eps)``.
 
     Pointers that a variant does not use may be anything: ``positions``, ``cos``, ``sin`` without ``rotary_dim``,
     the weights without ``qk_norm``, the scales without int8.
@@ -172,6 +173,8 @@ def build(
     )
 
 
-def launch_dims(num_tokens: int, num_heads: int, num_kv_heads: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def launch_dims(
+    num_tokens: int, num_heads: int, num_kv_heads: int
+) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Grid and block for ``num_tokens`` rows."""
     return (num_tokens, -(-(num_heads + 2 * num_kv_heads) // WARPS), 1), (THREADS, 1, 1)
