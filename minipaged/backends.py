@@ -75,19 +75,16 @@ _OFFERED = {
         "dtype": ("auto", "float32"),
         "quantization": (None,),
         "kv_cache_dtype": ("auto", "float32"),
-        "speculative_model": (None,),
     },
     "cpu": {
         "dtype": ("auto", "float32", "bfloat16"),
         "quantization": (None, "int8", "int4"),
         "kv_cache_dtype": ("auto", "float32", "bfloat16", "int8"),
-        "speculative_model": (None,),
     },
     "cuda": {
         "dtype": ("auto", "float32", "float16", "bfloat16"),
         "quantization": (None, "int8", "int4"),
         "kv_cache_dtype": ("auto", "float32", "float16", "bfloat16", "int8"),
-        "speculative_model": (None,),
         "swap_space": (0,),
     },
 }

@@ -20,7 +20,9 @@ QUANTIZATIONS = (None, "int8", "int4")
 KV_CACHE_DTYPES = ("auto", "float32", "bfloat16", "float16", "int8")
 EARLY_STOPPING = (True, False, "never")
 POLICIES = ("fcfs", "priority", "static")
+NGRAM = "ngram"  # a speculative_model that is none: prompt lookup
 MAX_BLOCK_SIZE = 256
+MAX_SPECULATIVE_TOKENS = 64
 MAX_TOKEN_ID = 2**31 - 1
 MAX_INT = 2**63 - 1  # no counter needs more than 64 bits
 
@@ -156,7 +158,12 @@ class EngineConfig:
         num_threads: compute threads; ``None``: the physical cores this process may use (on
             ``"reference"``: what BLAS chooses).
         seed: seed of requests that bring none.
-        speculative_model: reserved for speculative decoding; refused where it is not available.
+        speculative_model: guess several tokens ahead and verify them in one step: a small model of the same
+            vocabulary (as ``model``), or ``"ngram"``: what followed the last tokens when they occurred
+            before. The output stays the same, token by token.
+        num_speculative_tokens: tokens guessed ahead for a sequence, at most.
+        adaptive_speculation: guess only as far ahead as was seen to pay; otherwise always
+            ``num_speculative_tokens``.
         swap_space: bytes of host memory for the KV of preempted requests, which are swapped where
             that is cheaper than computing it again; 0: always compute again.
         check_integrity: verify the laws of the block pool after every step (slow; for tests).
@@ -178,6 +185,8 @@ class EngineConfig:
     num_threads: int | None = None
     seed: int = 0
     speculative_model: str | None = None
+    num_speculative_tokens: int = 5
+    adaptive_speculation: bool = True
     swap_space: int = 0
     check_integrity: bool = False
 
@@ -204,17 +213,28 @@ class EngineConfig:
                 f"({self.max_num_seqs}): some running sequences would get no token in a step. "
                 "Raise the first or lower the second."
             )
-        for name in ("enable_prefix_caching", "check_integrity"):
+        for name in ("enable_prefix_caching", "check_integrity", "adaptive_speculation"):
             if not isinstance(getattr(self, name), bool):
                 raise err(f"{name} is {_show(getattr(self, name))}; it must be True or False.")
         _check_int(err, "num_threads", self.num_threads, 1, 1024, optional=True)
         _check_int(err, "seed", self.seed, 0, 2**64 - 1)
+        self._check_speculation()
         _check_int(err, "swap_space", self.swap_space, 0, MAX_INT)
         if self.swap_space and self.policy == "static":
             raise err(
                 f"swap_space is {self.swap_space}, but policy 'static' never preempts; "
                 "set it to 0, or choose 'fcfs' or 'priority'."
             )
+
+    def _check_speculation(self) -> None:
+        name = self.speculative_model
+        if name is not None and (not isinstance(name, str) or not name):
+            raise ConfigError(f"speculative_model is {_show(name)}; it must be a name, a path or {NGRAM!r}.")
+        _check_int(ConfigError, "num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
+        for option in ("num_speculative_tokens", "adaptive_speculation"):
+            value = getattr(self, option)
+            if name is None and value != getattr(type(self), option):
+                raise ConfigError(f"{option} is {_show(value)}, but speculative_model is None; set that too.")
 
 
 @refuse_unknown(InvalidParameterError)

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 
-from minipaged import backends
+from minipaged import backends, speculation
 from minipaged.beam_group import BeamGroup
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.factory import make_scheduler
@@ -26,7 +26,7 @@ from minipaged.sampling.logprobs import prompt_logprobs
 from minipaged.sampling.sampler import SampledToken, Sampler
 from minipaged.sampling.seeds import derived_seed
 from minipaged.sampling.state import SamplingState
-from minipaged.sequence_group import SequenceGroup
+from minipaged.sequence_group import Sequence, SequenceGroup
 from minipaged.sizing import resolve_max_model_len, resolve_num_blocks, resolve_num_host_blocks
 
 
@@ -47,6 +47,9 @@ class Engine:
         self.max_model_len = resolve_max_model_len(config, self.model.config)
         self.formats = backends.choose_formats(self.backend, config, self.model.packed_as)
         block_bytes = backends.kv_block_bytes(self.formats, self.backend, self.model.config, config.block_size)
+        draft = speculation.load_draft_model(config, self.backend, self.model)
+        if draft is not None:
+            block_bytes += draft.block_bytes
         device_memory = backends.memory_for_kv_cache(
             self.formats, self.backend, self.model.config, config, self.max_model_len
         )
@@ -77,6 +80,15 @@ class Engine:
         )
         vocab_size, eos_token_ids = self.model.config.vocab_size, self.model.config.eos_token_ids
         self.sampler = Sampler(vocab_size)
+        self.speculator = speculation.make_speculator(
+            config,
+            self.backend,
+            draft,
+            self.runner,
+            vocab_size=vocab_size,
+            num_blocks=num_blocks,
+            max_model_len=self.max_model_len,
+        )
         self._grammars = GrammarCompiler(self.model.tokenizer, vocab_size, eos_token_ids)
         self._groups: dict[str, SequenceGroup] = {}
         self._numbers = itertools.count()
@@ -189,7 +201,9 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """One iteration: plan, compute, sample, update. Returns what is new for the callers."""
         started = time.monotonic()
-        plan = self.scheduler.schedule()
+        drafts = self.speculator.guess(self.scheduler.running, self._sampling_of) if self.speculator else {}
+        guessed = time.monotonic()
+        plan = self.scheduler.schedule(drafts)
         self._swap(plan)
         if not plan.scheduled:
             return []
@@ -201,12 +215,22 @@ class Engine:
         failed |= {sequence_id: tokens[0].error for sequence_id, tokens in drawn.items() if tokens[0].error}
         for sequence_id in failed:
             self.scheduler.abort(sequence_id)  # before the update, which would publish its KV for others
-        self.scheduler.update(plan)
+        num_accepted = self.speculator.verify(plan, self.sampler, logits, drawn) if self.speculator else {}
+        self.scheduler.update(plan, num_accepted=num_accepted)
         outputs = self._process(plan, drawn, failed, started)
         if self.config.check_integrity:
             self.scheduler.check()
-        self._step_seconds += time.monotonic() - started
+        ended = time.monotonic()
+        if self.speculator:
+            self.speculator.observe(plan, ended - guessed)
+        self._step_seconds += ended - started
         return outputs
+
+    def _sampling_of(self, request: Request) -> SamplingState | None:
+        """How a sequence goes on, if that depends on nothing but itself: it is no beam, and forked already."""
+        if request.params.use_beam_search or request.num_tokens == request.num_prompt_tokens:
+            return None
+        return self._live[request.request_id].sampling
 
     def _swap(self, plan: SchedulerOutput) -> None:
         num_blocks = len(plan.swap_out) + len(plan.swap_in)
@@ -241,7 +265,7 @@ class Engine:
             if scheduled.request_id in failed:
                 group.fail(sequence, failed[scheduled.request_id], self._live)
             elif scheduled.request_id in drawn:
-                group.take(sequence, drawn[scheduled.request_id], self._live)
+                self._take(sequence, drawn[scheduled.request_id], scheduled.num_lookahead_tokens > 0)
             else:
                 continue  # a chunk of its prompt was computed; there is nothing to tell yet
             touched[group.request_id] = group
@@ -250,6 +274,15 @@ class Engine:
                 del self._groups[group.request_id]
                 self._num_requests_finished += group.error is None
         return [group.build() for group in touched.values() if group.finished or group.stream]
+
+    def _take(self, sequence: Sequence, tokens: list[SampledToken], speculated: bool) -> None:
+        """Hand a sequence what was drawn for it: side by side, or one after another as far as it goes."""
+        if not speculated:
+            sequence.group.take(sequence, tokens, self._live)
+            return
+        for token in tokens:
+            if not sequence.output.finished:  # what was verified beyond a stop string is not wanted
+                sequence.group.take(sequence, [token], self._live)
 
     def _prompt_wanted(self, plan: SchedulerOutput) -> dict[str, int]:
         wanted = {}
@@ -282,6 +315,8 @@ class Engine:
     def close(self) -> None:
         """End the backend's threads; no step can follow. Closing twice is harmless."""
         self.runner.close()
+        if self.speculator:
+            self.speculator.close()
 
     # -- facts ------------------------------------------------------------------------------------
 
@@ -314,6 +349,7 @@ class Engine:
             weight_bytes=self.runner.weight_bytes,
             step_seconds=self._step_seconds,
             **(self.scheduler.stats() | requests),
+            **(self.speculator.stats() if self.speculator else {}),
         )
 
     # -- helpers ----------------------------------------------------------------------------------

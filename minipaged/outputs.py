@@ -120,9 +120,23 @@ class EngineStats:
     kv_cache_bytes: int = 0
     weight_bytes: int = 0
     step_seconds: float = 0.0
+    num_verifications: int = 0
+    num_tokens_guessed: int = 0
+    num_tokens_accepted: int = 0
 
     @property
     def prefix_cache_hit_rate(self) -> float:
         """Share (0 to 1) of prompt tokens that were found in the prefix cache."""
         total = self.num_prompt_tokens_computed + self.num_prompt_tokens_cached
         return self.num_prompt_tokens_cached / total if total else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share (0 to 1) of the tokens guessed by speculation that the model sampled itself."""
+        return self.num_tokens_accepted / self.num_tokens_guessed if self.num_tokens_guessed else 0.0
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Tokens that a sequence gains from a step that gives it any; 1 without speculation."""
+        num_steps = self.num_generated_tokens - self.num_tokens_accepted
+        return self.num_generated_tokens / num_steps if num_steps > 0 else 1.0

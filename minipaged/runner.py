@@ -20,7 +20,7 @@ class StepLogits:
     """Logits of one step, float32 ``[rows, vocab]``.
 
     ``sample_rows`` holds the row of each scheduled sequence that samples a token, in the plan's
-    order. ``prompt_rows`` maps a request id to ``(first position, slice of rows)`` where the logits
+    order; the rows of its draft tokens follow that row. ``prompt_rows`` maps a request id to ``(first position, slice of rows)`` where the logits
     of prompt positions were asked for.
     """
 
@@ -29,8 +29,8 @@ class StepLogits:
     prompt_rows: dict[str, tuple[int, slice]]
 
     def to_sample(self) -> np.ndarray:
-        """The logits to sample from, float32 ``[sequences that sample, vocab]``."""
-        return self.logits[self.sample_rows] if self.prompt_rows else self.logits
+        """The logits to sample the next tokens from, float32 ``[sequences that sample, vocab]``."""
+        return self.logits if len(self.sample_rows) == len(self.logits) else self.logits[self.sample_rows]
 
 
 class Runner:
@@ -163,7 +163,7 @@ def _wanted_rows(
             rows.extend(range(first, first + wanted))
         if sequence.samples:
             sample_rows.append(len(rows))
-            rows.append(first + count - 1)
+            rows.extend(range(first + count - 1 - sequence.num_lookahead_tokens, first + count))
         first += count
     return np.array(rows, dtype=np.int32), np.array(sample_rows, dtype=np.int64), prompt_rows
 

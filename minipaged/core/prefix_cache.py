@@ -57,14 +57,15 @@ class PrefixCache:
         return hits
 
     def publish(self, request: Request) -> None:
-        """Make the request's full, computed blocks known.
+        """Make the request's full, computed blocks known, if their tokens are.
 
         Where an equal block is known already it stays, and the request keeps its own copy: a live
         block table is never rewritten.
         """
         if not self.pool.enable_prefix_caching:
             return
-        for index in range(request.num_published_blocks, request.num_computed_tokens // self.block_size):
+        num_tokens = min(request.num_computed_tokens, request.num_tokens)
+        for index in range(request.num_published_blocks, num_tokens // self.block_size):
             block = self._find(request, index, request.published_id)
             if block is None:
                 block = request.block_table.blocks[index]

@@ -35,6 +35,7 @@ from minipaged.core import inspection
 from minipaged.core.admission import check_admissible
 from minipaged.core.block_pool import Block, BlockPool
 from minipaged.core.block_table import BlockTable
+from minipaged.core.lookahead import add_draft_tokens
 from minipaged.core.order import delete, insert, num_common_blocks, siblings, yields
 from minipaged.core.prefix_cache import PrefixCache
 from minipaged.core.request import Request, RequestStatus
@@ -171,7 +172,10 @@ class Scheduler:
         Raises:
             UnknownRequestError: there is no such request.
         """
-        self._remove(self._get(request_id))
+        request = self._get(request_id)
+        if request.status is RequestStatus.RUNNING:
+            self.prefix_cache.publish(request)  # draft tokens that were right are known only now
+        self._remove(request)
         self.num_requests_finished += 1
 
     def _get(self, request_id: str) -> Request:
@@ -190,8 +194,11 @@ class Scheduler:
 
     # -- one step -----------------------------------------------------------------------------
 
-    def schedule(self) -> SchedulerOutput:
-        """Decide the next step: first those running, then those waiting with what budget is left."""
+    def schedule(self, drafts: Mapping[str, list[int]] = MappingProxyType({})) -> SchedulerOutput:
+        """Decide the next step: first those running, then those waiting with what budget is left.
+
+        ``drafts``: guesses by request id; those that fit into the rest of the step are computed too.
+        """
         output = SchedulerOutput()
         self._preempt_for_urgent(output)
         self._continue_running(output)
@@ -201,26 +208,38 @@ class Scheduler:
             self._preempt(idle, output)
             self._continue_running(output)
             self._admit_waiting(output)
+        if drafts:
+            add_draft_tokens(output, self.requests, drafts, self.config.max_num_batched_tokens, self.pool)
         output.scheduled.sort(key=_has_many_tokens)
         self.num_steps += 1
         self.num_blocks_copied += len(output.copies)
         return output
 
-    def update(self, output: SchedulerOutput, new_tokens: Mapping[str, list[int]] = MappingProxyType({})) -> None:
+    def update(
+        self,
+        output: SchedulerOutput,
+        new_tokens: Mapping[str, list[int]] = MappingProxyType({}),
+        num_accepted: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         """Take in a step that was computed: advance, publish full blocks, append new tokens.
 
         Args:
             output: what :meth:`schedule` returned last.
             new_tokens: tokens by request id, for sequences that sample. One that samples and gets
                 none awaits its token until :meth:`append` brings it.
+            num_accepted: draft tokens that were right by request id, the first ones of those computed. Their
+                KV is kept; :meth:`append` makes them known.
         """
         for sequence in output.scheduled:
             request = self.requests.get(sequence.request_id)
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue  # aborted since; a new request of the same id is still waiting
             start = sequence.num_computed_tokens
-            end = start + len(sequence.token_ids)
+            wrong = sequence.num_lookahead_tokens - num_accepted.get(request.request_id, 0)
+            end = start + len(sequence.token_ids) - wrong
             request.num_computed_tokens = end
+            if wrong:
+                self._roll_back(request)
             if start < request.num_prompt_tokens:
                 self.num_prompt_tokens_computed += min(end, request.num_prompt_tokens) - start
             self.prefix_cache.publish(request)
@@ -229,6 +248,10 @@ class Scheduler:
             tokens = new_tokens.get(request.request_id)
             if tokens:
                 self.append(request.request_id, tokens)
+
+    def _roll_back(self, request: Request) -> None:
+        """Give back what was allocated for draft tokens that were wrong."""
+        request.block_table.truncate(request.num_computed_tokens)
 
     def _preempt_for_urgent(self, output: SchedulerOutput) -> None:
         """Policy ``priority``: strictly less urgent requests make place for the most urgent waiting.

@@ -37,7 +37,8 @@ class ScheduledSequence:
         token_ids: tokens to compute, at positions ``num_computed_tokens`` and following.
         num_computed_tokens: tokens whose KV is already there, before this step.
         block_ids: the whole block table; covers all positions of this step.
-        samples: whether the last token given is the last one known, so that its logits give the next.
+        samples: whether the last token known is among them, so that its logits give the next.
+        num_lookahead_tokens: how many of the tokens, the last ones, are not known but a draft.
     """
 
     request_id: str
@@ -45,6 +46,7 @@ class ScheduledSequence:
     num_computed_tokens: int
     block_ids: list[int]
     samples: bool
+    num_lookahead_tokens: int = 0
 
 
 @dataclass(slots=True)

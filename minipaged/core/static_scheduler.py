@@ -50,5 +50,8 @@ class StaticScheduler(Scheduler):
         first = len(self.running) * self.region_blocks
         request.block_table.extend(self.pool.allocate(self.region_blocks, after=first - 1))
 
+    def _roll_back(self, request: Request) -> None:
+        pass  # the region stays reserved
+
     def _may_share(self) -> bool:
         return False  # a copy would need a block of somebody's region

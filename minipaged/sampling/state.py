@@ -64,6 +64,11 @@ class SamplingState:
         """Index in the sequence (prompt included) of the token that is sampled next."""
         return self.num_prompt_tokens + len(self.output_token_ids)
 
+    @property
+    def memoryless(self) -> bool:
+        """Whether the next token depends on its logits alone, and is all that is asked for."""
+        return self.params.greedy and not self.processors and self.params.logprobs is None
+
     def append(self, token_id: int) -> None:
         """Take one generated token."""
         for processor in self.processors:

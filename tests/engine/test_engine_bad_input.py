@@ -147,7 +147,7 @@ def test_generate_checks_all_prompts_before_any_runs():
         ({"device": "tpu"}, ConfigError, ["tpu"]),
         ({"dtype": "bfloat16", "device": "reference"}, ConfigError, ["bfloat16", "float32"]),
         ({"quantization": "int8", "device": "reference"}, ConfigError, ["int8"]),
-        ({"speculative_model": "tiny-draft", "device": "reference"}, ConfigError, ["speculative_model"]),
+        ({"speculative_model": 3, "device": "reference"}, ConfigError, ["speculative_model"]),
         ({"device": "cuda"}, BackendUnavailableError, ["cuda"]),
         ({"enable_prefix_caching": 1}, ConfigError, ["enable_prefix_caching"]),
     ],

@@ -18,11 +18,12 @@ nothing is guessed, which bounds what speculation can ever lose to ``ALLOWANCE``
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from minipaged.core.request import Request
 from minipaged.sampling.speculative.cost import LinearCost
+from minipaged.sampling.speculative.proposer import Proposer
 
 OPTIMISM = 0.9  # what the chance of a right guess is taken to be before anything is known
 PRIOR_WEIGHT = 3.0  # how many guesses that counts for, or what is known of other sequences
@@ -30,10 +31,11 @@ REMEMBER_GUESSES = 0.95  # weight of earlier guesses, after each step that verif
 REMEMBER_STEPS = 0.98  # after each step without: what failed long ago is tried again
 PLAIN_STEPS = 3  # first of all, to know what a plain step costs
 PLAIN_EVERY = 32  # and again after so many speculative ones, for the cost of plain ones changes
-ALLOWANCE = 0.02  # share of all time that may be lost by speculating
-FIRST_STEPS = 4  # plain steps' worth of time that may be lost at first
+LEAST_GAIN = 1.05  # a step must promise so many times the tokens a second: choosing and verifying take time too
+ALLOWANCE = 0.01  # share of all time that may be lost by speculating
+FIRST_STEPS = 3  # plain steps' worth of time that may be lost at first
 FULL_STEPS = 64  # what the purse holds at most
-REST = 8  # steps until guessing is considered again where it did not pay: considering takes time too
+FIRST_REST, LONGEST_REST = 4, 64  # steps until guessing is considered again where it did not pay; doubles
 
 
 class Acceptance:
@@ -74,9 +76,7 @@ class LengthController:
     """Chooses draft lengths for each step, and learns from what came of them.
 
     Args:
-        draft_cost: seconds of a round of guessing over its rows; kept by the proposer.
-        round_each_token: whether each further token costs another round.
-        draft_share: what a round costs of a step, to begin with.
+        proposer: knows what a round of guessing costs, and whether each further token costs another.
 
     Attributes:
         step_cost: seconds of a step, without guessing, over its rows.
@@ -84,13 +84,12 @@ class LengthController:
         resting: steps to come in which nothing is considered.
     """
 
-    def __init__(self, draft_cost: LinearCost, round_each_token: bool, draft_share: float = 0.0):
+    def __init__(self, proposer: Proposer):
         self.step_cost = LinearCost()
-        self.draft_cost = draft_cost
         self.purse = 0.0
         self.resting = 0
-        self._draft_share = draft_share
-        self._round_each_token = round_each_token
+        self._rest, self._rested = FIRST_REST, 0  # how long the next rest is; steps of the present one
+        self._proposer = proposer
         self._overall = Acceptance()
         self._acceptances: dict[Request, Acceptance] = {}
         self._just_guessed: set[Request] = set()
@@ -105,22 +104,24 @@ class LengthController:
             return lengths
         if self.purse > 0:
             lengths = self._best_lengths(candidates, num_sequences)
-        if not any(lengths):
-            self.resting = REST
+        if any(lengths):
+            self._rest = FIRST_REST
+        else:
+            self.resting, self._rested = self._rest, 0
+            self._rest = min(2 * self._rest, LONGEST_REST)
         return lengths
 
     def _best_lengths(self, candidates: list[Candidate], num_sequences: int) -> list[int]:
         rates = [self._acceptance(candidate.request).rate for candidate in candidates]
         affordable = self._affordable(candidates)
         seconds = self.step_cost(num_sequences)
-        best, value = [0] * len(candidates), num_sequences / seconds  # tokens a second
-        for _ in range(4):  # Dinkelbach 1967: maximise a ratio by pricing its denominator at the best ratio so far
+        best, value = [0] * len(candidates), LEAST_GAIN * num_sequences / seconds  # tokens a second
+        while True:  # Dinkelbach 1967: maximise a ratio by pricing its denominator at the best ratio so far
             lengths, gain, cost = self._worthwhile(rates, affordable, value)
             new_value = (num_sequences + gain) / (seconds + cost)
             if new_value <= value:
-                break
+                return best
             best, value = lengths, new_value
-        return best
 
     def _affordable(self, candidates: list[Candidate]) -> list[int]:
         """Limits, with 0 for those whose backlog the purse does not cover, the longest backlogs first."""
@@ -135,32 +136,33 @@ class LengthController:
 
     def _draft_seconds(self) -> tuple[float, float]:
         """Seconds of a round of guessing: the fixed part, and for each row."""
-        if self.draft_cost.known:
-            return self.draft_cost.fixed, self.draft_cost.per_row
-        return self._draft_share * self.step_cost.fixed, self._draft_share * self.step_cost.per_row
+        cost, share = self._proposer.cost, self._proposer.cost_share
+        if cost.known:
+            return cost.fixed, cost.per_row
+        return share * self.step_cost.fixed, share * self.step_cost.per_row
 
     def _worthwhile(self, rates: list[float], limits: list[int], value: float) -> tuple[list[int], float, float]:
         """Lengths that pay where a second is worth ``value`` tokens; tokens expected, seconds they cost."""
         lengths = [0] * len(rates)
-        best, best_net = (lengths, 0.0, 0.0), 0.0
+        best, best_net = (lengths.copy(), 0.0, 0.0), 0.0
+        deepest: Iterable[int] = range(len(rates))  # sequences that have a guess of every depth so far
         reached = rates.copy()  # chance that a sequence's guess of this depth is kept
         gain = cost = 0.0
         draft_fixed, draft_row = self._draft_seconds()
         for depth in range(max(limits, default=0)):
-            is_round = self._round_each_token or depth == 0
+            is_round = self._proposer.round_each_token or depth == 0
             row_cost = self.step_cost.per_row + draft_row * is_round
-            chosen = [i for i, length in enumerate(lengths) if length == depth < limits[i]]
-            chosen = [i for i in chosen if reached[i] > value * row_cost]
+            chosen = [i for i in deepest if depth < limits[i] and reached[i] > value * row_cost]
             if not chosen:
                 break
             gain += sum(reached[i] for i in chosen)
             cost += len(chosen) * row_cost + draft_fixed * is_round
-            lengths = lengths.copy()
             for i in chosen:
-                lengths[i] += 1
+                lengths[i] = depth + 1
                 reached[i] *= rates[i]
+            deepest = chosen
             if gain - value * cost > best_net:
-                best, best_net = (lengths, gain, cost), gain - value * cost
+                best, best_net = (lengths.copy(), gain, cost), gain - value * cost
         return best
 
     # -- learning ---------------------------------------------------------------------------------
@@ -186,9 +188,10 @@ class LengthController:
         """
         if self.resting:
             self.resting -= 1
+            self._rested += 1
             self.purse += ALLOWANCE * seconds
             if not self.resting:
-                self._forget(REMEMBER_STEPS**REST)
+                self._forget(REMEMBER_STEPS**self._rested)
             return
         if pure and num_sequences:
             if not self.step_cost.known:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 DECAY = 0.98  # a step counts half after 34 others
-OUTLIER = 3.0  # a step that took longer than this many times the expected was disturbed from outside
+OUTLIER = 1.5  # a step that took longer than this many times the expected was disturbed from outside
 PRIOR_WEIGHT = 0.1  # of the first guess at the slope, in units of the variance of rows
 PRIOR_ROWS = 16  # first guess: the fixed part of a step costs as much as this many rows
 

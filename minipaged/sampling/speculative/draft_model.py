@@ -85,6 +85,7 @@ class DraftModelProposer:
         num_blocks, block_size: of the draft's pool. A sequence that finds no block gets no draft.
         max_model_len: positions that the draft model has; longer sequences get no draft.
         max_num_tokens: tokens of a forward pass, at most; a longer backlog takes several steps.
+        cost_share: what a pass is expected to cost of the target's.
     """
 
     round_each_token = True
@@ -98,8 +99,10 @@ class DraftModelProposer:
         block_size: int,
         max_model_len: int,
         max_num_tokens: int,
+        cost_share: float = 1.0,
     ):
         self.cost = LinearCost()
+        self.cost_share = cost_share
         self.runner = runner
         self.pool = BlockPool(num_blocks)
         self._prefix_cache = PrefixCache(self.pool, block_size)

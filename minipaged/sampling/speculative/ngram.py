@@ -17,7 +17,7 @@ from minipaged.core.request import Request
 from minipaged.sampling.speculative.cost import LinearCost
 from minipaged.sampling.speculative.proposer import DraftWish
 
-LONGEST, SHORTEST = 4, 2  # tokens that must match; the longest match is tried first
+LONGEST, SHORTEST = 3, 2  # tokens that must match; the longest match is tried first
 
 
 class NgramIndex:
@@ -30,10 +30,9 @@ class NgramIndex:
 
     def update(self, token_ids: list[int]) -> None:
         """Take in the tokens that came since; ``token_ids`` is the whole sequence."""
-        for position in range(max(self._num_indexed, 1), len(token_ids)):
-            for n, followers in zip(self._lengths, self._followers, strict=True):
-                if n <= position:
-                    followers[tuple(token_ids[position - n : position])] = position
+        for n, followers in zip(self._lengths, self._followers, strict=True):
+            for position in range(max(self._num_indexed, n), len(token_ids)):
+                followers[tuple(token_ids[position - n : position])] = position
         self._num_indexed = len(token_ids)
 
     def continuation(self, token_ids: list[int], num_tokens: int) -> list[int]:
@@ -57,6 +56,7 @@ class NgramProposer:
     """Proposes by lookup in the sequence's own prompt and output."""
 
     round_each_token = False
+    cost_share = 0.0
 
     def __init__(self, longest: int = LONGEST, shortest: int = SHORTEST):
         self.cost = LinearCost()

@@ -31,10 +31,12 @@ class Proposer(Protocol):
 
     Attributes:
         cost: seconds of a round over the sequences (or tokens) in it, as measured.
+        cost_share: what a round is expected to cost of a step of the target, before any was measured.
         round_each_token: whether each further draft token costs another round, or all come at once.
     """
 
     cost: LinearCost
+    cost_share: float
     round_each_token: bool
 
     def propose(self, wishes: list[DraftWish]) -> list[list[int]]:

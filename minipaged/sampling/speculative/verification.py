@@ -23,6 +23,7 @@ as prompt lookup, the two rules accept alike.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,25 @@ def verify(sampler: Sampler, logits: np.ndarray, guesses: list[Guess]) -> None:
     Args:
         logits: float32 ``[rows, vocab]``.
     """
+    # What is drawn greedily from the model's own logits depends on nothing sampled before it.
+    simple = [guess for guess in guesses if guess.sampling.memoryless]
+    if simple:
+        _verify_at_once(sampler, logits, simple)
+    if len(simple) < len(guesses):
+        _verify_in_turn(sampler, logits, [guess for guess in guesses if not guess.sampling.memoryless])
+
+
+def _verify_at_once(sampler: Sampler, logits: np.ndarray, guesses: list[Guess]) -> None:
+    rows = [row for g in guesses for row in range(g.row + 1, g.row + 1 + len(g.draft_token_ids))]
+    states = [g.sampling for g in guesses for _ in g.draft_token_ids]
+    sampled = iter(sampler.sample(logits[rows], states))
+    for guess in guesses:
+        for depth, token in enumerate(itertools.islice(sampled, len(guess.draft_token_ids))):
+            if _is_right(guess, depth) and token.error is None:
+                guess.tokens.append(token)
+
+
+def _verify_in_turn(sampler: Sampler, logits: np.ndarray, guesses: list[Guess]) -> None:
     known = [len(guess.sampling.output_token_ids) for guess in guesses]
     depth, alive = 0, guesses
     while alive := [guess for guess in alive if _is_right(guess, depth)]:

@@ -58,9 +58,8 @@ class World:
     def __init__(self, *, step=(10.0, 0.5), draft=(0.0, 0.0), each_token=False, noise=0.0, num_sequences=1, seed=0):
         self.rng = random.Random(seed)
         self.step, self.draft, self.noise = step, draft, noise
-        self.draft_cost = LinearCost()
-        self.controller = LengthController(self.draft_cost, each_token)
-        self.each_token = each_token
+        self.cost, self.cost_share, self.round_each_token = LinearCost(), 0.0, each_token
+        self.controller = LengthController(self)
         self.requests = [Request(str(i), [1], SamplingParams()) for i in range(num_sequences)]
         self.seconds = self.plain_seconds = 0.0
         self.lengths = []
@@ -78,10 +77,10 @@ class World:
                 candidates = [Candidate(request, limit, backlog) for request in self.requests]
                 lengths = self.controller.choose(candidates, len(self.requests))
             guessing = 0.0
-            for depth in range(max(lengths) if self.each_token else min(max(lengths), 1)):
+            for depth in range(max(lengths) if self.round_each_token else min(max(lengths), 1)):
                 rows = sum(length > depth for length in lengths) + (backlog if depth == 0 else 0)
                 seconds = self._time(self.draft, rows)
-                self.draft_cost.observe(rows, seconds)
+                self.cost.observe(rows, seconds)
                 guessing += seconds
             right = [self._num_right(length, rate) for length, rate in zip(lengths, rates, strict=True)]
             for request, length, good in zip(self.requests, lengths, right, strict=True):
@@ -147,7 +146,7 @@ def test_a_full_batch_that_is_bound_by_rows_is_not_speculated_on():
 def test_the_purse_does_not_pay_for_a_long_backlog():
     """Computing 1000 tokens for the draft costs 100 steps; the first guess must wait until that is affordable."""
     world = World(step=(1.0, 0.1), draft=(0.1, 0.1), each_token=True)
-    world.draft_cost.observe(1, 0.2)
+    world.cost.observe(1, 0.2)
     assert world.run(300, [0.9], backlog=1000) > 0.95
 
 

@@ -130,11 +130,12 @@ def test_the_distribution_is_the_models(temperature):
             mine.append(tokens[0])
             wrong.append((mine, tokens))
     followers = target.step([mine for mine, _ in wrong], [tokens[0] for _, tokens in wrong], [[]] * len(wrong))
-    for first, second in right + [(tokens[0], follower[0]) for (_, tokens), follower in zip(wrong, followers, strict=True)]:
+    right += [[*tokens, *follower] for (_, tokens), follower in zip(wrong, followers, strict=True)]
+    for first, second in right:
         counts[first, second] += 1
 
     p = transition_probabilities(target.table, temperature, params.top_p)
-    assert 0.3 < len(right) / 20_000 < 0.95  # both ways were taken
+    assert 0.05 < len(wrong) / 20_000 < 0.7  # both ways were taken
     assert goodness_of_fit(counts.ravel(), (p[0][:, None] * p).ravel()) > 0.001
 
 
