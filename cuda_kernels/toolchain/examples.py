@@ -213,7 +213,7 @@ def _tiles(sizes: Sizes, rows: int) -> np.ndarray:
     return np.array([(s, r) for s, n in enumerate(sizes.queries) for r in range(0, n * group, rows)], np.int32)
 
 
-def _attention_on_tiles(module, sizes: Sizes, cc, rng, rows: int, grid_tail, workspace: int, **options) -> Example:
+def _attention_on_tiles(module, sizes: Sizes, cc, rng, rows: int, grid_tail: tuple, workspace: int, **options) -> Example:
     c = _context(sizes, rng)
     kernel = module.build(
         sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.block_size, None, "float16", "float16", cc, **options
@@ -221,13 +221,13 @@ def _attention_on_tiles(module, sizes: Sizes, cc, rng, rows: int, grid_tail, wor
     tiles = _tiles(sizes, rows)
     tail = (c.tables.shape[1], attention_plain.NO_WINDOW, np.float32(sizes.head_dim**-0.5))
     arguments = (*c.arguments, c.starts, c.lengths, tiles, c.out, _blank(max(1, workspace)), *tail)
-    grid = module.launch_dims(len(tiles), sizes.kv_heads, grid_tail)[0]
+    grid = module.launch_dims(len(tiles), sizes.kv_heads, *grid_tail)[0]
     return Example(kernel, grid, arguments, _kv_bytes(sizes))
 
 
 def _attention_decode(sizes: Sizes, cc, rng) -> Example:
     rows = attention_decode.tile_rows(sizes.heads, sizes.kv_heads)
-    return _attention_on_tiles(attention_decode, sizes, cc, rng, rows, 1, 0)
+    return _attention_on_tiles(attention_decode, sizes, cc, rng, rows, (1,), 0)
 
 
 def _split_workspace(sizes: Sizes) -> tuple[int, int]:
@@ -241,12 +241,12 @@ def _attention_split(sizes: Sizes, cc, rng) -> Example:
     sizes = LONG if sizes is SMALL else sizes
     chunks, workspace = _split_workspace(sizes)
     rows = attention_decode.tile_rows(sizes.heads, sizes.kv_heads)
-    return _attention_on_tiles(attention_decode, sizes, cc, rng, rows, chunks, workspace, split=True)
+    return _attention_on_tiles(attention_decode, sizes, cc, rng, rows, (chunks,), workspace, split=True)
 
 
 def _attention_prefill(sizes: Sizes, cc, rng) -> Example:
     space = len(_tiles(sizes, 64)) * sizes.kv_heads * 64 * sizes.head_dim
-    return _attention_on_tiles(attention_prefill, sizes, cc, rng, 64, sizes.head_dim, space)
+    return _attention_on_tiles(attention_prefill, sizes, cc, rng, 64, (sizes.head_dim, "float16"), space)
 
 
 def _attention_reduce(sizes: Sizes, cc, rng) -> Example:

@@ -2,7 +2,8 @@
 
 Mutants of two sorts: an order is lost (a barrier, a ``cp.async`` wait or commit is deleted), or a guard is (a
 conditional branch, a predicated instruction or a selection always goes one way). Each is run on the kernel's
-example. It is *killed* by a fault of the interpreter or by a result that differs in any bit, and *survives*
+example. A guard that already goes that way for every thread of the example is left out: the mutant is the same
+program there, and counts as *not exercised*. A mutant is *killed* by a fault of the interpreter or by a result that differs in any bit, and *survives*
 otherwise. Survivors are listed with their reasons in ``mutation_survivors.json``.
 """
 
@@ -17,7 +18,8 @@ import numpy as np
 
 from cuda_kernels.toolchain.compile import compile_ptx
 from cuda_kernels.toolchain.examples import SMALL, Example, Sizes, example
-from cuda_kernels.toolchain.interpreter import KernelFault, launch
+from cuda_kernels.toolchain.interpreter import Counters, KernelFault, launch
+from cuda_kernels.toolchain.interpreter.program import parse
 from cuda_kernels.toolchain.memory import DeviceMemory
 
 SURVIVORS = Path(__file__).with_name("mutation_survivors.json")
@@ -36,6 +38,7 @@ class Mutant:
     line: str
     change: str
     number: int  # of the line in the PTX
+    instruction: int  # its number in the program
     ptx: str
 
     def __str__(self) -> str:
@@ -45,10 +48,12 @@ class Mutant:
 def mutants(ptx: str, sorts: tuple[str, ...] = ("order", "guard")) -> Iterator[Mutant]:
     """All mutants of ``ptx``."""
     lines = ptx.split("\n")
+    instructions = _instructions_of_lines(ptx, lines)
 
     def mutant(sort: str, number: int, replacement: str, change: str) -> Mutant:
         text = "\n".join([*lines[:number], replacement, *lines[number + 1 :]])
-        return Mutant(sort, re.sub(r"\s+", " ", lines[number]).strip(), change, number + 1, text)
+        line = re.sub(r"\s+", " ", lines[number]).strip()
+        return Mutant(sort, line, change, number + 1, instructions[number], text)
 
     for number, line in enumerate(lines):
         if "order" in sorts and _ORDER.match(line):
@@ -64,23 +69,43 @@ def mutants(ptx: str, sorts: tuple[str, ...] = ("order", "guard")) -> Iterator[M
                 yield mutant("guard", number, f"{target}{select[5]};", "always the second")
 
 
-def execute(subject: Example, ptx: str, max_steps: int = STEPS) -> list[np.ndarray]:
-    """Runs ``ptx`` in the example's place; what all its arrays hold afterwards."""
+def _instructions_of_lines(ptx: str, lines: list[str]) -> dict[int, int]:
+    """For each line that holds an instruction, the number of its first one in the program."""
+    found, at = {}, 0
+    for instruction in parse(ptx).instructions:
+        while instruction.text not in re.sub(r"\s+", " ", lines[at]):
+            at += 1
+        found.setdefault(at, instruction.index)
+    return found
+
+
+def execute(subject: Example, ptx: str, max_steps: int = STEPS) -> tuple[list[np.ndarray], Counters]:
+    """Runs ``ptx`` in the example's place; what all its arrays hold afterwards, and the counters."""
     memory, names = DeviceMemory(), subject.kernel.body.__code__.co_varnames
     values = [
         memory.upload(each, names[number]) if isinstance(each, np.ndarray) else each
         for number, each in enumerate(subject.arguments)
     ]
     kernel = subject.kernel
-    launch(ptx, kernel.entry, subject.grid, kernel.block, values, kernel.shared_bytes, True, memory, max_steps)
+    counters = launch(
+        ptx, kernel.entry, subject.grid, kernel.block, values, kernel.shared_bytes, True, memory, max_steps
+    )
     pairs = zip(values, subject.arguments, strict=True)
-    return [memory.read(value, each.shape, each.dtype) for value, each in pairs if isinstance(each, np.ndarray)]
+    return [memory.read(value, each.shape, each.dtype) for value, each in pairs if isinstance(each, np.ndarray)], counters
+
+
+def exercised(mutant: Mutant, counters: Counters) -> bool:
+    """Whether some thread of the example goes another way in the mutant than in the original."""
+    if mutant.sort == "order":
+        return bool(counters.warps[mutant.instruction])
+    taken, threads = (int(each[mutant.instruction]) for each in (counters.taken, counters.threads))
+    return taken < threads if mutant.change in ("always", "always the first") else taken > 0
 
 
 def verdict(subject: Example, mutant: Mutant, expected: list[np.ndarray]) -> str:
     """``killed: why``, or ``survived``."""
     try:
-        found = execute(subject, mutant.ptx)
+        found, _ = execute(subject, mutant.ptx)
     except KernelFault as fault:
         return f"killed: {fault.kind}"
     same = all(a.tobytes() == b.tobytes() for a, b in zip(found, expected, strict=True))
@@ -93,6 +118,6 @@ def sweep(
     """Every mutant of kernel ``name`` with its verdict."""
     subject = example(name, sizes, cc)
     ptx = compile_ptx(subject.kernel, cc)
-    expected = execute(subject, ptx)
+    expected, counters = execute(subject, ptx)
     for mutant in mutants(ptx, sorts):
-        yield mutant, verdict(subject, mutant, expected)
+        yield mutant, verdict(subject, mutant, expected) if exercised(mutant, counters) else "not exercised"

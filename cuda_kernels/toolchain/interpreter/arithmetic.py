@@ -455,7 +455,13 @@ def bind_set_predicate(machine, instruction: Instruction):
 def bind_select(machine, instruction: Instruction):
     a, b = machine.sources(instruction, 1, 2)
     condition = machine.predicate(instruction.operands[3])
-    return _assign(machine, instruction, lambda: np.where(condition(), a, b))
+
+    def select():
+        chosen = condition()
+        machine.counters.taken[instruction.index] += np.count_nonzero(chosen & machine.active)
+        return np.where(chosen, a, b)
+
+    return _assign(machine, instruction, select)
 
 
 def bind_select_by_sign(machine, instruction: Instruction):

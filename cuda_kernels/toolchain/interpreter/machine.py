@@ -181,6 +181,7 @@ class Machine:
         at = ready & (self.place == place)
         mask = True if (at | self.done).all() else at
         counters, end = self.counters, self._leaders[place]
+        self.active = at
         threads = int(at.sum())
         warps = threads // WARP if mask is True and threads == self.num_threads else self.count_warps(at)
         counters.threads[place:end] += threads
@@ -252,9 +253,13 @@ class Machine:
         if instruction.predicate is None:
             return self.all_of
         predicate = self.registers[instruction.predicate]
-        if instruction.negated:
-            return lambda mask: self.all_of(mask) & ~predicate
-        return lambda mask: self.all_of(mask) & predicate
+
+        def taken(mask):
+            threads = self.all_of(mask) & (~predicate if instruction.negated else predicate)
+            self.counters.taken[instruction.index] += np.count_nonzero(threads)
+            return threads
+
+        return taken
 
     def _bind_branch(self, instruction: Instruction):
         target, following = self.program.labels[instruction.operands[0]], instruction.index + 1
@@ -280,8 +285,9 @@ class Machine:
         taken = self._guard(instruction)
 
         def trap(mask):
-            if taken(mask).any():
-                raise KernelFault("trap", f"{self.who(np.flatnonzero(taken(mask))[0])} executed it")
+            threads = taken(mask)
+            if threads.any():
+                raise KernelFault("trap", f"{self.who(np.flatnonzero(threads)[0])} executed it")
             np.copyto(self.place, instruction.index + 1, where=mask)
 
         return trap
