@@ -357,7 +357,7 @@ class Engine:
     def _grammar_of(self, params: SamplingParams) -> Grammar | None:
         if params.structured_outputs is None:
             return None
-        return self._grammars.compile(params.structured_outputs, only_likeliest=params.greedy)
+        return self._grammars.compile(params.structured_outputs)
 
     def _seed_of(self, params: SamplingParams, number: int) -> int:
         """A request without a seed gets one from the engine's seed and its number of arrival."""

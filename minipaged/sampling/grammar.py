@@ -50,10 +50,8 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._matcher = functools.lru_cache(CACHED_GRAMMARS)(self._compile)
 
-    def compile(self, structured_outputs: dict, only_likeliest: bool = False) -> Grammar:
+    def compile(self, structured_outputs: dict) -> Grammar:
         """A processor at the beginning of the grammar that ``structured_outputs`` (checked) asks for.
-
-        ``only_likeliest``: nothing but the likeliest token of a row matters (see :class:`Grammar`).
 
         Raises:
             InvalidParameterError: the grammar is malformed, too large or uses what is not supported, the
@@ -61,9 +59,7 @@ class GrammarCompiler:
         """
         ((kind, value),) = structured_outputs.items()
         text = value if isinstance(value, str) else json.dumps(value)
-        return Grammar(
-            self._matcher(kind, text).deep_copy(), self._vocab_size, self._eos_token_ids, only_likeliest
-        )
+        return Grammar(self._matcher(kind, text).deep_copy(), self._vocab_size, self._eos_token_ids)
 
     def _compile(self, kind: str, text: str):
         """A fresh matcher; of the same grammar it is made once."""
@@ -108,16 +104,12 @@ class Grammar(LogitsProcessor):
         matcher: an ``llguidance.LLMatcher`` of one's own.
         vocab_size: number of logits in a row.
         eos_token_ids: those inside the vocabulary.
-        only_likeliest: rows whose likeliest token may follow are left as they are. (Where the next bytes
-            are certain, a mask leaves only the token that the tokenizer itself would take for them;
-            without one the model may also take a shorter one.)
     """
 
-    def __init__(self, matcher, vocab_size: int, eos_token_ids: list[int], only_likeliest: bool = False):
+    def __init__(self, matcher, vocab_size: int, eos_token_ids: list[int]):
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._eos_token_ids = np.array(eos_token_ids)
-        self._only_likeliest = only_likeliest
         # Tokens after the end of the grammar, or that it forbids (a draft's): known, but not consumed.
         self._num_outside = 0
 
@@ -131,9 +123,15 @@ class Grammar(LogitsProcessor):
             row.fill(-np.inf)
             row[self._eos_token_ids] = 0  # even if min_tokens wants more: there is no more to say
             return
-        if self._only_likeliest and not self._num_outside and self._matcher.validate_tokens([int(row.argmax())]):
-            return
         row += _PENALTIES.take(self._allowed_bits(), axis=0).reshape(-1)[: self._vocab_size]
+
+    def spares(self, token_id: int) -> bool:
+        """Whether the token may follow.
+
+        Where the next bytes are certain, a mask leaves only the token that the tokenizer itself would take
+        for them; this also takes a shorter one.
+        """
+        return not self._num_outside and bool(self._matcher.validate_tokens([token_id]))
 
     def _ended(self) -> bool:
         return not self._num_outside and self._matcher.is_stopped() and not self._matcher.is_error()
@@ -161,7 +159,7 @@ class Grammar(LogitsProcessor):
             self._matcher.rollback(1)
 
     def fork(self) -> Grammar:
-        twin = Grammar(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids, self._only_likeliest)
+        twin = Grammar(self._matcher.deep_copy(), self._vocab_size, self._eos_token_ids)
         twin._num_outside = self._num_outside
         return twin
 

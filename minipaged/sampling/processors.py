@@ -15,6 +15,11 @@ class LogitsProcessor:
         """Edit ``row`` (float32 ``[vocab]``) in place, given the tokens generated so far."""
         raise NotImplementedError
 
+    def spares(self, token_id: int) -> bool:
+        """Whether :meth:`apply` would leave ``token_id``, the likeliest, the likeliest: a greedy draw then
+        does without. It may say no without having looked."""
+        return False
+
     def append(self, token_id: int) -> None:
         """A token was generated."""
 

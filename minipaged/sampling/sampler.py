@@ -85,10 +85,11 @@ class Sampler:
         if suspect and not np.isfinite(raw).all():
             return SampledToken(-1, error="the model's logits hold NaN or infinity; its weights or KV are damaged.")
         row = raw
-        if state.processors:
+        processors = state.processors
+        if processors and not (state.params.greedy and all(p.spares(likeliest) for p in processors)):
             row = self._row
             row[:] = raw
-            for processor in state.processors:
+            for processor in processors:
                 processor.apply(row, state.output_token_ids)
             likeliest = int(row.argmax())
         largest = float(row[likeliest])
@@ -97,7 +98,7 @@ class Sampler:
 
         token_id = likeliest
         if not state.params.greedy:
-            ids, weights = candidates(row, largest, state.params, masked=bool(state.processors))
+            ids, weights = candidates(row, largest, state.params, masked=bool(processors))
             index = draw(weights, uniform)
             token_id = index if ids is None else int(ids[index])
         sampled = SampledToken(token_id)

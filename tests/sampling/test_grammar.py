@@ -160,6 +160,7 @@ def test_a_grammar_that_outgrows_the_parser_fails_its_own_row(make, monkeypatch)
 
     class Exhausted:
         compute_bitmask = staticmethod(lambda: bytes([255]) * 128)
+        validate_tokens = staticmethod(lambda token_ids: 0)
         is_error = staticmethod(lambda: True)
         is_stopped = staticmethod(lambda: True)
 
@@ -228,3 +229,15 @@ def test_ignore_eos_contradicts_a_grammar():
 def test_a_model_without_an_end_cannot_end_a_grammar(model):
     with pytest.raises(InvalidParameterError, match="end-of-sequence"):
         GrammarCompiler(model.tokenizer, 1024, (5000,)).compile({"json_object": True})
+
+
+def test_a_likeliest_token_that_may_follow_is_taken_without_a_mask(make, model):
+    params = SamplingParams(temperature=0, structured_outputs={"choice": ["yes", "no"]})
+    grammar = make(**params.structured_outputs)
+    state = SamplingState(params, [5], vocab_size=1024, seed=0, grammar=grammar)
+    row = np.zeros((1, 1024), dtype=np.float32)
+    inside = model.tokenizer.encode("no", add_special_tokens=False)[0]
+    row[0, inside] = 2
+    assert grammar.spares(inside) and Sampler(1024).sample(row, [state])[0].token_id == inside
+    row[0, 500] = 3
+    assert not grammar.spares(500) and Sampler(1024).sample(row, [state])[0].token_id == inside
