@@ -13,10 +13,10 @@ import functools
 import json
 import logging
 import signal
-import sys
 import threading
 
 from _minipaged_capi import ffi, lib
+from _minipaged_native import push
 
 import minipaged
 from minipaged import errors
@@ -136,10 +136,11 @@ def text_of(data, size: int) -> str:
 class Sink:
     """Takes a request's outputs on the engine's thread, and puts what is new into its record."""
 
-    __slots__ = ("engine", "number", "known", "ended")
+    __slots__ = ("engine", "address", "number", "known", "ended")
 
     def __init__(self, engine, number: int):
         self.engine = engine
+        self.address = int(ffi.cast("uintptr_t", engine))
         self.number = number
         self.known: dict[int, tuple[int, int, int]] = {}  # by choice: tokens, characters, log-probabilities
         self.ended: set[int] = set()
@@ -191,7 +192,7 @@ class Sink:
         text = choice.text[characters:].encode()
         if new or text or ends:
             self.known[index] = len(choice.token_ids), len(choice.text), logprobs
-            lib.mpx_push(self.engine, self.number, index, new, len(new), text, len(text), tell)
+            push(self.address, self.number, index, new, text, tell)
 
     def end(self, index: int, choice) -> None:
         self.ended.add(index)
@@ -503,7 +504,6 @@ def start() -> None:
     logger.addHandler(LogHandler())
     if lib.mpx_own_interpreter():
         logger.setLevel(logging.DEBUG)
-        sys.setswitchinterval(0.0005)  # seconds a thread may keep the engine's from handing over a token
     atexit.register(lib.mpx_close_all)  # for a host that ends its interpreter
 
 

@@ -58,7 +58,9 @@ def generate(target: Path) -> None:
     except ImportError:
         raise CannotBuild("cffi is missing; install it (pip install cffi) and then minipaged again") from None
     text = declarations(header_text())
-    structs = re.findall(r"^typedef struct minipaged_(?:model_info|stats) \{.*?^\} \w+;$", text, re.MULTILINE | re.DOTALL)
+    structs = re.findall(
+        r"^typedef struct minipaged_(?:model_info|stats) \{.*?^\} \w+;$", text, re.MULTILINE | re.DOTALL
+    )
     ffi = cffi.FFI()
     ffi.cdef("\n".join(structs) + (CAPI / "src" / "bridge.h").read_text(encoding="utf-8"))
     ffi.embedding_api((CAPI / "src" / "externs.h").read_text(encoding="utf-8"))
@@ -179,7 +181,9 @@ def copy_rest(into: Path) -> None:
         target = into / "lib" / folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         text = (CAPI / "cmake" / f"{name}.in").read_text(encoding="utf-8")
-        text = text.replace("@VERSION@", version).replace("@MAJOR@", version.split(".")[0]).replace("@SONAME@", soname())
+        text = (
+            text.replace("@VERSION@", version).replace("@MAJOR@", version.split(".")[0]).replace("@SONAME@", soname())
+        )
         target.write_text(text, encoding="utf-8")
 
 

@@ -29,9 +29,7 @@ def describe(header: str) -> dict:
     structs = {}
     for name in re.findall(r"^\} (minipaged_\w+);", header, re.MULTILINE):
         kind = ffi.typeof(name)
-        fields = {
-            field: [info.offset, ffi.sizeof(info.type), ffi.getctype(info.type)] for field, info in kind.fields
-        }
+        fields = {field: [info.offset, ffi.sizeof(info.type), ffi.getctype(info.type)] for field, info in kind.fields}
         structs[name] = {"size": ffi.sizeof(name), "fields": fields}
     # Type names as the header spells them, one line a function.
     text = " ".join(re.sub(r"/\*.*?\*/", "", declarations, flags=re.DOTALL).split())

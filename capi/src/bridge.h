@@ -38,8 +38,6 @@ int32_t mpx_own_interpreter(void);
 
 mpx_command *mpx_next_command(void *engine, int32_t wait);
 void mpx_free_command(mpx_command *command);
-void mpx_push(void *engine, uint64_t request, int32_t choice, const int32_t *token_ids, size_t num_tokens,
-              const char *text, size_t size, int32_t tell);
 void mpx_push_logprobs(void *engine, uint64_t request, int32_t choice, const int32_t *token_ids,
                        const int32_t *ranks, const double *logprobs, const int32_t *counts, size_t num_positions);
 void mpx_end_choice(void *engine, uint64_t request, int32_t choice, int32_t finish_reason, int32_t stop_token_id,

@@ -125,6 +125,8 @@ void mpx_request_collect(mpx_engine *engine, mpx_request *request);
 void mpx_request_end(mpx_engine *engine, mpx_request *request, int32_t status, const char *error, size_t size);
 int32_t mpx_request_cancel(mpx_engine *engine, mpx_request *request);
 int32_t mpx_request_release(mpx_engine *engine, mpx_request *request);
+void mpx_push(void *engine, uint64_t request, int32_t choice, const int32_t *token_ids, size_t num_tokens,
+              const char *text, size_t size, int32_t tell); /* locks by itself */
 int mpx_choice_has_news(const mpx_choice *choice);
 mpx_choice *mpx_request_news(mpx_request *request); /* the first choice with output not given out yet */
 void mpx_list_remove(mpx_list *list, mpx_request *request);

@@ -68,6 +68,8 @@ static int32_t close_engine(mpx_engine *engine)
     pthread_mutex_unlock(&engine->lock);
     PYTHON(mpy_close(engine, &reply)); /* its requests end, and what may still write to them ends */
     end_all(engine); /* those that Python had not seen */
+    if (mpx_in_callback())
+        return reply.status; /* exit() inside a callback: what is behind it on this thread never goes on */
     if (engine->has_dispatcher) {
         pthread_mutex_lock(&engine->lock);
         engine->dispatcher_ends = 1;
@@ -84,12 +86,13 @@ static int32_t close_engine(mpx_engine *engine)
 void mpx_close_all(void)
 {
     mpx_engine *engine;
-    if (mpx_forked() || mpx_in_callback())
+    if (mpx_forked())
         return;
     while ((engine = mpx_engine_any())) {
         if (mpx_engine_withdraw(engine))
             close_engine(engine);
-        mpx_engine_put(engine);
+        if (!mpx_in_callback())
+            mpx_engine_put(engine);
     }
 }
 

@@ -61,7 +61,10 @@ def test_minor_versions_only_add():
     [
         ("int32_t n;          /* choices", "int64_t n;          /* choices"),
         ("#define MINIPAGED_ERROR_BUSY (-8) ", "#define MINIPAGED_ERROR_BUSY (-9) "),
-        ("int32_t minipaged_cancel(minipaged_engine *engine", "int32_t minipaged_cancel(const minipaged_engine *engine"),
+        (
+            "int32_t minipaged_cancel(minipaged_engine *engine",
+            "int32_t minipaged_cancel(const minipaged_engine *engine",
+        ),
         ("int32_t minipaged_engine_step(", "int32_t minipaged_engine_do_step("),
         ("    int32_t auto_free;", "    int32_t more;\n    int32_t auto_free;"),
     ],
@@ -100,7 +103,9 @@ def test_init_macros_give_the_defaults(build, api, tmp_path):
         f"{{ minipaged_{name} s = MINIPAGED_{name.upper()}_INIT; fwrite(&s, 1, sizeof s, stdout); }}\n"
         for name in api.defaults
     )
-    (tmp_path / "init.c").write_text(f"#include <minipaged.h>\n#include <stdio.h>\nint main(void) {{\n{body}return 0; }}\n")
+    (tmp_path / "init.c").write_text(
+        f"#include <minipaged.h>\n#include <stdio.h>\nint main(void) {{\n{body}return 0; }}\n"
+    )
     done = build.run(build.compile(tmp_path / "init.c"), text=False, errors=None)
     assert done.stdout == b"".join(bytes(api.ffi.buffer(default)) for default in api.defaults.values())
 

@@ -114,7 +114,9 @@ def test_structs_of_older_and_newer_callers(api, engine):
     assert api.wait(engine, request, api.FOREVER) == 0 and len(api.tokens(engine, request)) == 3
     api.check(api.request_free(engine, request))
     ours = api.ffi.sizeof("minipaged_sampling")
-    newer = api.ffi.new("char[]", bytes(api.ffi.buffer(api.struct("sampling", temperature=0, max_tokens=2))) + bytes(64))
+    newer = api.ffi.new(
+        "char[]", bytes(api.ffi.buffer(api.struct("sampling", temperature=0, max_tokens=2))) + bytes(64)
+    )
     sampling = api.ffi.cast("minipaged_sampling *", newer)
     sampling.struct_size = ours + 64
     request = api.submit(engine, "ROMEO:\n", sampling)
@@ -132,7 +134,16 @@ def test_structs_of_older_and_newer_callers(api, engine):
     assert typed.struct_size == 16 and typed.block_size > 0
 
 
-BAD_UTF8 = [b"\xff", b"abc\x80", b"\xc3", b"\xc0\xaf", b"\xe0\x80\x80", b"\xed\xa0\x80", b"\xf0\x9f\x98", b"\xf5\x80\x80\x80"]
+BAD_UTF8 = [
+    b"\xff",
+    b"abc\x80",
+    b"\xc3",
+    b"\xc0\xaf",
+    b"\xe0\x80\x80",
+    b"\xed\xa0\x80",
+    b"\xf0\x9f\x98",
+    b"\xf5\x80\x80\x80",
+]
 
 
 @pytest.mark.parametrize("text", BAD_UTF8)
@@ -168,7 +179,9 @@ def test_requests_that_cannot_run(api, engine):
     ends_with(api, engine, PARAMETER, "nan", sampling=api.struct("sampling", top_p=float("nan")))
     ends_with(api, engine, PARAMETER, "inf", sampling=api.struct("sampling", min_p=float("inf")))
     ends_with(api, engine, PARAMETER, "n is 0", sampling=api.struct("sampling", n=0))
-    ends_with(api, engine, PARAMETER, "unknown option 'temprature'", sampling=api.struct("sampling", json='{"temprature": 1}'))
+    ends_with(
+        api, engine, PARAMETER, "unknown option 'temprature'", sampling=api.struct("sampling", json='{"temprature": 1}')
+    )
     ends_with(api, engine, ARGUMENT, "not valid JSON", sampling=api.struct("sampling", json="{"))
     ends_with(api, engine, ARGUMENT, "must be an object", sampling=api.struct("sampling", json="[1]"))
     ends_with(api, engine, ARGUMENT, "given twice", sampling=api.struct("sampling", top_k=3, json='{"top_k": 3}'))
@@ -293,7 +306,9 @@ def test_freeing_inside_the_callback(api, engine):
         done.set()
         return 0
 
-    request = api.submit(engine, "LONG\n", api.struct("sampling", max_tokens=50), api.struct("request_options", callback=callback))
+    request = api.submit(
+        engine, "LONG\n", api.struct("sampling", max_tokens=50), api.struct("request_options", callback=callback)
+    )
     assert done.wait(20) and api.wait(engine, request, 0) == NOT_FOUND
 
 
@@ -358,7 +373,8 @@ def test_destroy_ends_what_runs_and_wakes_who_waits(api):
     requests = [api.submit(engine, f"{i}\n", sampling, options) for i in range(5)]
     waited = api.submit(engine, "waited\n", sampling)
     threads = [
-        threading.Thread(target=lambda r=r: statuses.append(api.wait(engine, r, api.FOREVER))) for r in (waited, *requests)
+        threading.Thread(target=lambda r=r: statuses.append(api.wait(engine, r, api.FOREVER)))
+        for r in (waited, *requests)
     ]
     for thread in threads:
         thread.start()

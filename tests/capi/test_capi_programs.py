@@ -63,7 +63,9 @@ def test_hello_with_a_real_model(build, programs):
     except Exception as error:
         pytest.skip(f"the model is not here: {error}")
     done = build.run(programs["hello"], "smollm2-135m", "The capital of France is")
-    assert done.stdout == "The capital of France is" + answers("smollm2-135m", ["The capital of France is"], 40)[0] + "\n"
+    assert (
+        done.stdout == "The capital of France is" + answers("smollm2-135m", ["The capital of France is"], 40)[0] + "\n"
+    )
 
 
 def test_examples_fail_loudly(build, programs):
@@ -154,7 +156,9 @@ def test_cmake(build, programs, tmp_path):
     package = build.library.parent / "cmake" / "minipaged"
     command = ["cmake", "-S", str(EXAMPLES), "-B", str(tmp_path), f"-Dminipaged_DIR={package}"]
     subprocess.run(command, check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(tmp_path), "--target", "hello", "hello_cpp"], check=True, capture_output=True)
+    subprocess.run(
+        ["cmake", "--build", str(tmp_path), "--target", "hello", "hello_cpp"], check=True, capture_output=True
+    )
     for name in ("hello", "hello_cpp"):
         assert build.run(tmp_path / name, "tiny").returncode == 0
     text = (EXAMPLES / "CMakeLists.txt").read_text().replace("find_package(minipaged 1.0", "find_package(minipaged 2.0")
@@ -195,9 +199,14 @@ def test_config_names_what_is_there(build, monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_the_reason_is_told(build, monkeypatch, tmp_path):
-    code = "import sys, pathlib; sys.path.insert(0, 'capi'); import build_capi; build_capi.build(pathlib.Path(sys.argv[1]))"
+    code = (
+        "import sys, pathlib; sys.path.insert(0, 'capi'); import build_capi;"
+        "build_capi.build(pathlib.Path(sys.argv[1]))"
+    )
     environment = {"PATH": str(tmp_path), "CC": "/nonexistent/cc", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "clib"], cwd=ROOT, env=environment, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "clib"], cwd=ROOT, env=environment, capture_output=True
+    )
     assert done.returncode and b"there is no C compiler" in done.stderr
     monkeypatch.setattr(config, "folder", lambda: tmp_path / "clib")
     with pytest.raises(BackendUnavailableError, match="there is no C compiler; install one"):
@@ -236,7 +245,9 @@ def test_an_interpreter_that_cannot_start(build, lifecycle, tmp_path):
         folder.mkdir(parents=True)
     (library / "os.py").touch()
     (tmp_path / "bin" / "python").touch()
-    done = build.run(lifecycle, "create-twice", "tiny-draft", env={"MINIPAGED_PYTHON": str(tmp_path / "bin" / "python")})
+    done = build.run(
+        lifecycle, "create-twice", "tiny-draft", env={"MINIPAGED_PYTHON": str(tmp_path / "bin" / "python")}
+    )
     assert done.returncode == 1 and done.stdout.count("MINIPAGED_ERROR_PYTHON: the Python of") == 2, done.stdout
 
 
@@ -245,7 +256,9 @@ def test_missing_packages(build, lifecycle, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
     python = str(tmp_path / "venv" / "bin" / "python")
     done = build.run(lifecycle, "create-twice", "tiny-draft", env={"MINIPAGED_PYTHON": python})
-    assert done.returncode == 1 and done.stdout.count("MINIPAGED_ERROR_PACKAGE: Python cannot import _cffi_backend") == 2
+    assert (
+        done.returncode == 1 and done.stdout.count("MINIPAGED_ERROR_PACKAGE: Python cannot import _cffi_backend") == 2
+    )
 
 
 def test_a_package_that_is_missing_only_later(build, lifecycle, tmp_path):
@@ -259,7 +272,9 @@ def test_a_package_that_is_missing_only_later(build, lifecycle, tmp_path):
         (packages / module.name).symlink_to(module)
     python = str(tmp_path / "venv" / "bin" / "python")
     done = build.run(lifecycle, "create-twice", "tiny-draft", env={"MINIPAGED_PYTHON": python})
-    assert done.returncode == 1 and done.stdout.count("MINIPAGED_ERROR_PACKAGE: ModuleNotFoundError: No module named") == 2
+    assert (
+        done.returncode == 1 and done.stdout.count("MINIPAGED_ERROR_PACKAGE: ModuleNotFoundError: No module named") == 2
+    )
 
 
 # -- soak and fuzz, short --------------------------------------------------------------------------------

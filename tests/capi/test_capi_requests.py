@@ -124,7 +124,9 @@ def test_stop_strings_tokens_and_end_of_sequence(api, engine, llm):
     assert (choice.finish_reason, choice.stop_token_id) == (1, -1)
     stop = api.tokens(engine, request)[-1]
     api.check(api.request_free(engine, request))
-    request = api.submit(engine, "ROMEO:\n", api.struct("sampling", temperature=0, json=f'{{"stop_token_ids": [{stop}]}}'))
+    request = api.submit(
+        engine, "ROMEO:\n", api.struct("sampling", temperature=0, json=f'{{"stop_token_ids": [{stop}]}}')
+    )
     api.check(api.wait(engine, request, api.FOREVER))
     choice = api.filled(api.request_choice, "choice_info", engine, request, 0)
     assert (choice.finish_reason, choice.stop_token_id) == (1, stop)
@@ -307,7 +309,9 @@ def compare(api, engine, llm, sampling, params):
 )
 def test_grammars(api, engine, kind, grammar, accepts):
     pytest.importorskip("llguidance")
-    sampling = api.struct("sampling", temperature=0, max_tokens=60, grammar_kind=kind, **({"grammar": grammar} if grammar else {}))
+    sampling = api.struct(
+        "sampling", temperature=0, max_tokens=60, grammar_kind=kind, **({"grammar": grammar} if grammar else {})
+    )
     if kind == "json_object":
         sampling.temperature, sampling.max_tokens = api.UNSET, 400
     request = api.submit(engine, "ROMEO:\n", sampling)
@@ -352,7 +356,10 @@ def chat_model(api, tmp_path):
 
     path = tmp_path / "model"
     shutil.copytree(catalog.resolve("tiny-draft"), path)
-    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}KING:\n{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}KING:\n{% endif %}"
+    )
     (path / "chat_template.jinja").write_text(template)
     engine = api.create(str(path))
     with LLM(str(path), device="reference", num_blocks=64) as llm:
@@ -417,7 +424,9 @@ def test_two_engines_do_not_know_each_other(api, engine, llm):
 def test_priority_and_salt_reach_the_engine(api):
     engine = api.create(policy="priority", max_num_seqs=1)
     sampling = api.struct("sampling", temperature=0, max_tokens=12, ignore_eos=1)
-    slow = api.submit(engine, "A first one to keep it busy.\n", api.struct("sampling", temperature=0, max_tokens=60, ignore_eos=1))
+    slow = api.submit(
+        engine, "A first one to keep it busy.\n", api.struct("sampling", temperature=0, max_tokens=60, ignore_eos=1)
+    )
     late = api.submit(engine, "ROMEO:\n" * 8, sampling, api.struct("request_options", priority=5, cache_salt="a"))
     soon = api.submit(engine, "ROMEO:\n" * 8, sampling, api.struct("request_options", priority=-5, cache_salt="b"))
     for request in (slow, late, soon):
@@ -435,7 +444,9 @@ def test_the_log_reaches_its_callback(api):
     import logging
 
     seen = []
-    callback = api.ffi.callback("minipaged_log_fn", lambda level, text, data: seen.append((level, api.ffi.string(text))))
+    callback = api.ffi.callback(
+        "minipaged_log_fn", lambda level, text, data: seen.append((level, api.ffi.string(text)))
+    )
     api.check(api.set_log_callback(callback, 20, api.ffi.NULL))
     engine = api.create()
     logger = logging.getLogger("minipaged.test")

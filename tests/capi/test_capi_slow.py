@@ -1,0 +1,186 @@
+"""What takes minutes: sanitizers, valgrind, long runs of soak and fuzz, a fresh environment, and speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minipaged import LLM, SamplingParams
+from tests.support.capi import EXAMPLES, PROGRAMS, ROOT, Build
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+HERE = Path(__file__).parent
+SOAK_SECONDS = float(os.environ.get("MINIPAGED_SOAK_SECONDS", 600))
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_sanitizers(tmp_path, sanitizer):
+    """The library and the programs, instrumented; what the interpreter does is suppressed by name."""
+    probe = tmp_path / "probe.c"
+    probe.write_text("int main(void) { return 0; }\n")
+    if subprocess.run(
+        ["cc", f"-fsanitize={sanitizer}", str(probe), "-o", str(tmp_path / "probe")], capture_output=True
+    ).returncode:
+        pytest.skip(f"the compiler has no {sanitizer} sanitizer")
+    if subprocess.run([tmp_path / "probe"], capture_output=True).returncode:
+        pytest.skip(f"the {sanitizer} sanitizer does not run on this kernel")
+    (tmp_path / "build").mkdir()
+    build = Build(tmp_path / "build", (f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1"))
+    environment = {
+        "LSAN_OPTIONS": f"suppressions={HERE / 'lsan.supp'}:print_suppressions=0",
+        "TSAN_OPTIONS": f"suppressions={HERE / 'tsan.supp'}:print_suppressions=0",
+    }
+    runs = [
+        (EXAMPLES / "hello.c", ["tiny"], ""),
+        (EXAMPLES / "hello.cpp", ["tiny"], ""),
+        (EXAMPLES / "many_threads.c", ["tiny-draft", "16", "2"], ""),
+        (EXAMPLES / "server_loop.c", ["tiny-draft"], "ROMEO:\nJULIET:\nNURSE:\n"),
+        (EXAMPLES / "chat.c", ["tiny-draft"], "Good morrow\n"),
+        (PROGRAMS / "soak.c", ["tiny-draft", "0", "24", "10"], ""),
+        (PROGRAMS / "fuzz.c", ["tiny-draft", "1500", "3"], ""),
+        (PROGRAMS / "wrapper.cpp", ["tiny-draft"], ""),
+    ]
+    for source, arguments, text in runs:
+        done = build.run(build.compile(source), *arguments, env=environment, input=text, timeout=600)
+        assert done.returncode == 0 and "Sanitizer" not in done.stderr, f"{source.name}: {done.stderr[:4000]}"
+
+
+def test_valgrind(build, tmp_path):
+    """``hello.c`` (on the reference device, so that no compiler runs under valgrind): no invalid access and no
+    lost block whose innermost frame outside libc is the library's or the program's."""
+    valgrind = shutil.which("valgrind")
+    if not valgrind:
+        pytest.skip("valgrind is not installed")
+    text = (EXAMPLES / "hello.c").read_text()
+    change = "minipaged_engine_options options = MINIPAGED_ENGINE_OPTIONS_INIT;\n    "
+    text = text.replace("minipaged_request request;", f"minipaged_request request;\n    {change}", 1)
+    text = text.replace("sampling.temperature = 0;", 'sampling.temperature = 0;\n    options.device = "reference";')
+    text = text.replace("argv[1], NULL)", "argv[1], &options)")
+    assert text.count("options") >= 3
+    (tmp_path / "hello_reference.c").write_text(text)
+    program, log = build.compile(tmp_path / "hello_reference.c"), tmp_path / "log"
+    command = ["--leak-check=full", "--show-leak-kinds=definite", "--num-callers=40", f"--log-file={log}", str(program)]
+    done = build.run(Path(valgrind), *command, "tiny-draft", timeout=1500, env={"OPENBLAS_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    ours = []
+    for block in re.split(r"^==\d+== \n", log.read_text(errors="replace"), flags=re.MULTILINE):
+        frames = re.findall(r"(?:at|by) 0x\w+: (.*)", block)
+        frames = [f for f in frames if "vgpreload" not in f and "libc.so" not in f and "ld-linux" not in f]
+        if frames and re.search(
+            r"libminipaged|hello_reference|\b(shim|requests|results|submit|engines|dispatch|log|status|structs|python)\.c:",
+            frames[0],
+        ):
+            ours.append(block)
+    assert "ERROR SUMMARY" in log.read_text(errors="replace") and ours == []
+
+
+def test_ten_thousand_random_call_sequences(build):
+    done = build.run(build.compile(PROGRAMS / "fuzz.c"), "tiny-draft", "10000", "7", timeout=900)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_long_soak(build):
+    """64 threads x 20 requests, again and again; memory of the second half grows by less than 1%."""
+    done = build.run(
+        build.compile(PROGRAMS / "soak.c"), "tiny-draft", str(SOAK_SECONDS), "64", "20", timeout=SOAK_SECONDS + 600
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_create_and_destroy_two_hundred_times(build):
+    done = build.run(build.compile(PROGRAMS / "lifecycle.c"), "again", "tiny-draft", "200", timeout=900)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_fresh_environment(tmp_path):
+    """pip install, then the examples with what ``minipaged config`` says, and nothing else set."""
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".git", "build", "clib", "__pycache__", "*.egg-info", ".*")
+    )
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    pip = subprocess.run(
+        [tmp_path / "venv" / "bin" / "pip", "install", "-q", "."], cwd=source, capture_output=True, text=True
+    )
+    if pip.returncode and re.search(r"No matching distribution|ConnectionError|Could not find a version", pip.stderr):
+        pytest.skip("the packages that minipaged needs cannot be fetched here")
+    assert pip.returncode == 0, pip.stderr
+    command = tmp_path / "venv" / "bin" / "minipaged"
+    flags = subprocess.run(
+        [command, "config", "--cflags", "--libs"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    for name in ("hello", "chat", "many_threads", "server_loop"):
+        program = tmp_path / name
+        strict = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-pthread"]
+        subprocess.run(
+            ["cc", *strict, str(source / "capi" / "examples" / f"{name}.c"), *flags, "-o", str(program)], check=True
+        )
+        done = subprocess.run([program, "tiny"], env={}, input="ROMEO:\n", capture_output=True, text=True, cwd="/")
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def timing(build):
+    """The timing program with SmolLM2, as a function of a command."""
+    from minipaged.model import catalog
+
+    try:
+        catalog.resolve("smollm2-135m")
+    except Exception as error:
+        pytest.skip(f"the model is not here: {error}")
+    program = build.compile(PROGRAMS / "timing.c", "-O2")
+    process = subprocess.Popen([program, "smollm2-135m"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(command: str) -> dict | float:
+        process.stdin.write(command + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield ask
+    process.stdin.close()
+    assert process.wait(60) == 0
+
+
+@pytest.mark.real_model
+def test_throughput_is_that_of_python(timing):
+    """32 users, in turns with the same requests from Python; the median of the ratios of neighbours."""
+    from minipaged.config import EngineConfig
+
+    prompts = [
+        f"Letter {i}. It was a fine morning in the old town, and the people went about their work as they "
+        "had always done, when something unusual happened."
+        for i in range(32)
+    ]
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    assert EngineConfig(model="smollm2-135m").device == "auto"
+    with LLM("smollm2-135m", max_num_seqs=64, max_model_len=1024, enable_prefix_caching=False) as llm:
+        llm.generate(prompts, params)
+        timing("round 32 64")
+        ratios = []
+        for _ in range(5):
+            started = time.monotonic()
+            llm.generate(prompts, params, use_tqdm=False)
+            ratios.append((time.monotonic() - started) / timing("round 32 64"))
+    print("tokens/s of C over Python:", [round(ratio, 3) for ratio in ratios])
+    assert statistics.median(ratios) >= 0.97
+
+
+@pytest.mark.real_model
+def test_submit_and_callbacks_are_prompt(timing):
+    """Beside 32 busy streams, in microseconds."""
+    found = timing("latency 32 200")
+    print(json.dumps(found))
+    assert found["submit_us"]["median"] < 100 and found["submit_us"]["p99"] < 5000
+    assert found["sampled_to_callback_us"]["median"] < 2000
