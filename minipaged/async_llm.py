@@ -37,7 +37,8 @@ class AsyncLLM:
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Continue one prompt, yielding an output for each new token (as :meth:`LLM.stream`).
+        """Continue one prompt, yielding an output for each new token (as :meth:`LLM.stream`), each with
+        the state of all ``n`` continuations; beam search yields one, at the end.
 
         Cancelling the task, or leaving the loop and closing the iterator, aborts the request.
         Raises as :meth:`~minipaged.engine.Engine.prepare`, at the first iteration.

@@ -46,7 +46,8 @@ class LLM:
         priority: int | list[int] = 0,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        """Continue one prompt or many; results come in the prompts' order.
+        """Continue one prompt or many; results come in the prompts' order, each with the ``n``
+        continuations asked for, the likeliest first.
 
         Args:
             prompts: text, token ids, ``{"prompt_token_ids": [...]}``, or a list of these.
