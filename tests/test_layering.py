@@ -20,7 +20,7 @@ LAYERS = {
     "minipaged/outputs.py": (["minipaged.errors"], []),
     "minipaged/home.py": (["minipaged.errors"], []),
     "minipaged/core": (BASE, []),
-    "cuda_kernels": ([], ["numba", "numpy", "llvmlite", "cuda", "matplotlib"]),
+    "cuda_kernels": ([], ["numba", "numpy", "llvmlite", "cuda", "matplotlib", "greenlet"]),
     "minipaged/ops": (
         [*BASE, "minipaged.home", "cuda_kernels"],
         ["numpy", "numba", "llvmlite", "threadpoolctl", "cuda"],

@@ -213,7 +213,7 @@ def _tiles(sizes: Sizes, rows: int) -> np.ndarray:
     return np.array([(s, r) for s, n in enumerate(sizes.queries) for r in range(0, n * group, rows)], np.int32)
 
 
-def _attention_on_tiles(module, sizes: Sizes, cc, rng, rows: int, grid_tail: tuple, workspace: int, **options) -> Example:
+def _attention_on_tiles(module, sizes: Sizes, cc, rng, rows, grid_tail: tuple, workspace: int, **options) -> Example:
     c = _context(sizes, rng)
     kernel = module.build(
         sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.block_size, None, "float16", "float16", cc, **options

@@ -3,8 +3,8 @@
 Mutants of two sorts: an order is lost (a barrier, a ``cp.async`` wait or commit is deleted), or a guard is (a
 conditional branch, a predicated instruction or a selection always goes one way). Each is run on the kernel's
 example. A guard that already goes that way for every thread of the example is left out: the mutant is the same
-program there, and counts as *not exercised*. A mutant is *killed* by a fault of the interpreter or by a result that differs in any bit, and *survives*
-otherwise. Survivors are listed with their reasons in ``mutation_survivors.json``.
+program there, and counts as *not exercised*. A mutant is *killed* by a fault of the interpreter or by a result
+that differs in any bit, and *survives* otherwise. Survivors are listed with their reasons in ``mutation_survivors.json``.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def execute(subject: Example, ptx: str, max_steps: int = STEPS) -> tuple[list[np
         ptx, kernel.entry, subject.grid, kernel.block, values, kernel.shared_bytes, True, memory, max_steps
     )
     pairs = zip(values, subject.arguments, strict=True)
-    return [memory.read(value, each.shape, each.dtype) for value, each in pairs if isinstance(each, np.ndarray)], counters
+    arrays = [memory.read(value, each.shape, each.dtype) for value, each in pairs if isinstance(each, np.ndarray)]
+    return arrays, counters
 
 
 def exercised(mutant: Mutant, counters: Counters) -> bool:

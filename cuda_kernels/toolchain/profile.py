@@ -69,11 +69,12 @@ def report_text(result: Profile) -> str:
         lines.append(f"  must move {_bytes(subject.must_move)}; moves {result.surplus:.2f} times that (caches aside)")
     lines += [
         "",
-        f"shared memory: {int(counters.wavefronts.sum()):,} wavefronts, {counters.bank_conflicts:,} of them for bank conflicts",
+        f"shared memory: {int(counters.wavefronts.sum()):,} wavefronts, {counters.bank_conflicts:,} for bank conflicts",
         "",
         f"{counters.instructions:,} instructions (by warps)",
     ]
-    lines += [f"  {kind:<24} {count:>12,} {count / counters.instructions:>6.1%}" for kind, count in counters.by_kind.items()]
+    total = counters.instructions
+    lines += [f"  {kind:<24} {count:>12,} {count / total:>6.1%}" for kind, count in counters.by_kind.items()]
     worst = _worst(counters)
     if worst:
         lines += ["", "where sectors and wavefronts are wasted:"] + worst

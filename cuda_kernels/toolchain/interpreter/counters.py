@@ -47,9 +47,9 @@ class Counters:
     """Totals of one launch or, by ``+``, of several of the same program.
 
     Per instruction (arrays as long as the program): ``warps`` executions by a warp, ``threads`` by a thread,
-    ``taken`` those threads whose predicate held (of predicated instructions and selections), ``bytes`` asked for by threads, ``sectors`` of 32 bytes that this touched in global memory (each counted once
-    for each warp's instruction), ``wavefronts`` that shared memory needed and ``ideal_wavefronts`` without bank
-    conflicts.
+    ``taken`` those threads whose predicate held (of predicated instructions and selections), ``bytes`` asked for
+    by threads, ``sectors`` of 32 bytes that this touched in global memory (each counted once for each warp's
+    instruction), ``wavefronts`` that shared memory needed and ``ideal_wavefronts`` without bank conflicts.
     """
 
     FIELDS = ("warps", "threads", "taken", "bytes", "sectors", "wavefronts", "ideal_wavefronts")

@@ -391,7 +391,7 @@ def _as_bits(lanes: np.ndarray) -> np.ndarray:
 
 def _literal(text: str, dtype: np.dtype):
     """An immediate operand as a scalar; ``0f`` and ``0d`` give a float's bits."""
-    if dtype == bool:
+    if dtype.kind == "b":
         return np.bool_(int(text, 0) != 0)
     if text[:2].lower() in ("0f", "0d"):
         bits = _UNSIGNED[4 if text[1].lower() == "f" else 8](int(text[2:], 16))
