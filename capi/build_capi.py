@@ -1,4 +1,4 @@
-"""Build libminipaged: the C files of ``src/`` and ``bindings.py``, which cffi turns into a C file too.
+"""Build libminipaged: the C files of ``src/``, and the modules of ``bindings/``, which cffi puts into a C file.
 
 ``pip install`` calls :func:`build` (see ``setup.py``); by hand, say for a sanitizer:
 
@@ -20,6 +20,7 @@ from pathlib import Path
 
 CAPI = Path(__file__).resolve().parent
 HEADERS = ("minipaged.h", "minipaged.hpp")
+MODULES = ("options", "sink", "host", "externs")  # of bindings/, each importing only those before it
 FLAGS = ("-std=gnu11", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra")
 # cffi's own code: unused helpers, and one prototype that it declares without using it.
 GENERATED_FLAGS = ("-std=gnu11", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-pthread", "-w")
@@ -52,7 +53,7 @@ def declarations(header: str) -> str:
 
 
 def generate(target: Path) -> None:
-    """Write the C file that starts Python with ``bindings.py`` inside."""
+    """Write the C file that connects to Python, with the modules of ``bindings/`` inside."""
     try:
         import cffi
     except ImportError:
@@ -70,7 +71,9 @@ def generate(target: Path) -> None:
         "static int cffi_start_python(void);\n"
         "int mpx_cffi_start(void) { return cffi_start_python(); }\n",
     )
-    ffi.embedding_init_code((CAPI / "bindings.py").read_text(encoding="utf-8"))
+    folder = CAPI / "bindings"
+    sources = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in MODULES}
+    ffi.embedding_init_code(f"SOURCES = {sources!r}\n" + (folder / "embed.py").read_text(encoding="utf-8"))
     ffi.emit_c_code(str(target))
 
 

@@ -1,4 +1,4 @@
-/* What the C side and bindings.py know of each other. Python's cffi reads this file as it stands (no
+/* What the C side and bindings/ know of each other. Python's cffi reads this file as it stands (no
  * directives below the guard), so every declaration is plain C. */
 
 /* Where a call into Python puts its outcome; made by the caller with status MINIPAGED_ERROR_INTERNAL, so that
@@ -28,7 +28,7 @@ typedef struct mpx_command {
     size_t salt_size;
 } mpx_command;
 
-/* ---- C functions that bindings.py calls (they let go of the interpreter lock meanwhile) ---- */
+/* ---- C functions that bindings/ calls (they let go of the interpreter lock meanwhile) ---- */
 
 void mpx_reply_error(mpx_reply *reply, int32_t status, const char *text, size_t size);
 void mpx_reply_data(mpx_reply *reply, const char *data, size_t size);

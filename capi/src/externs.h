@@ -1,4 +1,4 @@
-/* The Python functions that the C side calls: cffi makes them of bindings.py. All are void, because one that
+/* The Python functions that the C side calls: cffi makes them of bindings/. All are void, because one that
  * raises, or an interpreter that cannot start, would return 0; outcomes go through mpx_reply. */
 
 void mpy_create(void *engine, const char *model, const char *options, const char *extra, int32_t mode,

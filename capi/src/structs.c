@@ -330,7 +330,7 @@ static int32_t put_sampling_rest(writer *out, const minipaged_sampling *s)
     }
     if (s->grammar && !s->grammar_kind)
         return mpx_fail(MINIPAGED_ERROR_ARGUMENT, "a grammar is given, but grammar_kind is NULL.");
-    if (s->grammar_kind) { /* bindings.py makes structured_outputs of these two */
+    if (s->grammar_kind) { /* bindings/ makes structured_outputs of these two */
         if ((status = check_string("grammar_kind", s->grammar_kind)))
             return status;
         if (s->grammar && (status = check_string("grammar", s->grammar)))
