@@ -113,8 +113,14 @@ def test_memory_is_known_beforehand(name):
     [
         ("llama_gqa", {}),
         ("mistral_window", {"weights": "bfloat16", "activations": "bfloat16", "kv": "bfloat16"}),
-        ("qwen3_moe_dense_layer", {"weights": "int8", "activations": "float16", "kv": "int8"}),
-        ("gemma2_soft_caps", {"weights": "int4", "activations": "bfloat16", "kv": "float16"}),
+        pytest.param(
+            *("qwen3_moe_dense_layer", {"weights": "int8", "activations": "float16", "kv": "int8"}),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("gemma2_soft_caps", {"weights": "int4", "activations": "bfloat16", "kv": "float16"}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value.values()) or "float32",
 )
