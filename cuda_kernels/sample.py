@@ -333,9 +333,7 @@ def build() -> Kernel:
                 if 0 < top_k < vocab_size:
                     kth = kth_largest(logits, offset, ids, base, size, top_k, floor, counts)
                 temperature, min_p = reals[row * 3], reals[row * 3 + 2]
-                size = list_weights(
-                    logits, offset, ids, base, size, kth, largest, temperature, min_p, weights, counts
-                )
+                size = list_weights(logits, offset, ids, base, size, kth, largest, temperature, min_p, weights, counts)
                 if reals[row * 3 + 1] < 1:
                     size = nucleus(ids, weights, base, size, reals[row * 3 + 1], sums, counts)
                 chunk = max(CHUNK, (size + CHUNKS - 1) // CHUNKS)

@@ -174,7 +174,7 @@ def test_one_token_moves_hardly_more_than_the_weight(weight, bits, row_tiles):
     assert counters.bank_conflicts == 0
 
 
-@pytest.mark.parametrize("cc", [(7, 5), (8, 0), (9, 0)])
+@pytest.mark.parametrize("cc", [(7, 5), (8, 0), pytest.param((9, 0), marks=pytest.mark.slow)])
 def test_machine_code_holds_the_intended_instructions(cc):
     for weight, tiles in [("float16", (4, 4)), ("int4", (8, 1))]:
         kernel = product.build("float16", weight, cc=cc, row_tiles=tiles[0], token_tiles=tiles[1])

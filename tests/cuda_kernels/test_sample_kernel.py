@@ -14,7 +14,7 @@ from minipaged.sampling.sampler import Sampler
 from minipaged.sampling.state import SamplingState
 
 
-def tokens_of_kernel(raw, states, processed=None, num_lists=3, cc=(8, 0)):
+def tokens_of_kernel(raw, states, processed=None, num_lists=16, cc=(8, 0)):
     """What the kernel samples; rows of ``processed`` that are not NaN replace the raw ones."""
     num_rows, vocab_size = raw.shape
     reals = np.array([[s.params.temperature, s.params.top_p, s.params.min_p] for s in states], np.float64)
@@ -58,7 +58,7 @@ PARAMS = [
 ]
 
 
-@pytest.mark.parametrize("vocab_size, cc", [(1, (7, 5)), (37, (8, 0)), (1500, (7, 5)), (3000, (8, 0))])
+@pytest.mark.parametrize("vocab_size, cc", [(1, (8, 0)), (37, (7, 5)), (1500, (8, 0))])
 def test_draws_what_the_host_draws(vocab_size, cc):
     rng = np.random.default_rng(30)
     params = [each | {"seed": None} for each in PARAMS] * 2
