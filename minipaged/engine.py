@@ -47,6 +47,7 @@ class Engine:
         self.max_model_len = resolve_max_model_len(config, self.model.config)
         self.formats = backends.choose_formats(self.backend, config, self.model.packed_as)
         block_bytes = backends.kv_block_bytes(self.formats, self.backend, self.model.config, config.block_size)
+        num_host_blocks = resolve_num_host_blocks(config, block_bytes)  # a draft's KV is computed again
         draft = speculation.load_draft_model(config, self.backend, self.model)
         if draft is not None:
             block_bytes += draft.block_bytes
@@ -54,7 +55,6 @@ class Engine:
             self.formats, self.backend, self.model.config, config, self.max_model_len
         )
         num_blocks = resolve_num_blocks(config, self.max_model_len, block_bytes, device_memory)
-        num_host_blocks = resolve_num_host_blocks(config, block_bytes)
         self._use(
             SchedulerConfig(
                 num_blocks=num_blocks,

@@ -1,4 +1,4 @@
-"""Everything that shares KV, at once: samples, beams, grammars, swapping, aborts, in pools that are too small.
+"""Everything at once: samples, beams, grammars, speculation, swapping, aborts, in pools that are too small.
 
 Random traces mix requests of every kind; each must give exactly what it gives alone. The backend's logits are
 bit-identical in any company, so no near-tie is excused. The laws of both block pools are checked after every
@@ -16,12 +16,15 @@ import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.core.swap import SwapSpace
+from minipaged.sampling.speculative.draft_model import DraftModelProposer
+from minipaged.sampling.speculative.ngram import NgramProposer
+from minipaged.sampling.speculative.speculator import Speculator
 from tests.support.engines import assert_all_blocks_back, generate, make_engine
 
 NUM_TRACES = int(os.environ.get("MINIPAGED_TEST_TRACES", "100"))
 NUM_HOST_BLOCKS = 200
 VOCAB = 1024
-BLOCK_SIZES = (1, 2, 4, 8, 16)
+BLOCK_SIZES = (1, 4, 16)
 BACKENDS = [
     {"device": "cpu", "dtype": "float32"},
     {"device": "cpu", "quantization": "int8", "kv_cache_dtype": "int8"},
@@ -65,6 +68,7 @@ def random_params(rng: random.Random, kind: str) -> SamplingParams:
 def random_requests(rng: random.Random, count: int) -> list[tuple[list[int], SamplingParams]]:
     """Prompts of 1 to 50 tokens, most of which begin like others."""
     roots = [[rng.randrange(4, VOCAB) for _ in range(40)] for _ in range(3)]
+    roots.append(roots[0][:5] * 8)  # something for prompt lookup
     found = []
     for number in range(count):
         prompt = rng.choice(roots)[: rng.randint(0, 40)] + [rng.randrange(4, VOCAB) for _ in range(rng.randint(1, 10))]
@@ -96,8 +100,8 @@ def blocks_needed(prompt: list[int], params: SamplingParams, block_size: int) ->
 class Trace:
     """One random trace; the engine gets a fresh scheduler with limits that are barely enough."""
 
-    def __init__(self, rng: random.Random, engine, expected: list, where: str):
-        self.rng, self.engine, self.where = rng, engine, where
+    def __init__(self, rng: random.Random, engine, draft_runner, expected: list, where: str):
+        self.rng, self.engine, self.draft_runner, self.where = rng, engine, draft_runner, where
         chosen = rng.sample(expected, rng.randint(2, 8))
         size = engine.config.block_size
         smallest = max(blocks_needed(prompt, params, size) for prompt, params, _ in chosen)
@@ -113,10 +117,29 @@ class Trace:
             policy=policy,
         )
         engine._use(limits)
+        engine.speculator = self._speculator(limits)
         self.waiting = chosen
         self.running: dict[str, tuple] = {}
         self.aborts = rng.random() < 0.5
         self.seen = Counter()
+
+    def _speculator(self, limits) -> Speculator | None:
+        """None, or one that has learned nothing yet and always guesses as far ahead as it may."""
+        engine, rng = self.engine, self.rng
+        kind = rng.choice(["none", "ngram", "draft"])
+        if kind == "none":
+            return None
+        proposer = NgramProposer()
+        if kind == "draft":
+            proposer = DraftModelProposer(
+                self.draft_runner,
+                vocab_size=VOCAB,
+                num_blocks=limits.num_blocks,
+                block_size=limits.block_size,
+                max_model_len=limits.max_model_len,
+                max_num_tokens=limits.max_num_batched_tokens,
+            )
+        return Speculator(proposer, rng.choice([1, 2, 4, 7]))
 
     def add(self) -> None:
         prompt, params, outputs = self.waiting.pop()
@@ -165,6 +188,13 @@ class Trace:
         assert_all_blocks_back(engine)
         stats = engine.stats()
         assert stats.num_host_blocks_used == 0
+        if engine.speculator:
+            engine.speculator.proposer.retain(())
+            self.seen["guessed right"] += stats.num_tokens_accepted
+            self.seen["guessed wrong"] += stats.num_tokens_guessed - stats.num_tokens_accepted
+            if isinstance(engine.speculator.proposer, DraftModelProposer):
+                engine.speculator.proposer.check()
+                assert engine.speculator.proposer.pool.num_free == engine.scheduler.config.num_blocks
         self.seen["preemptions"] += stats.num_preemptions
         self.seen["swapped in"] += stats.num_blocks_swapped_in
         self.seen["copied"] += stats.num_blocks_copied
@@ -183,20 +213,24 @@ def engines(request):
             num_blocks=1024 // block_size,
             max_model_len=128,
             swap_space=1 << 23,
+            speculative_model="tiny",
+            adaptive_speculation=False,
             max_num_batched_tokens=300,
             **request.param,
         )
         assert engine.scheduler.config.num_host_blocks >= NUM_HOST_BLOCKS
-        made[block_size] = engine
-    alone = made[16]
+        made[block_size] = engine, engine.speculator.proposer.runner
+    alone, _ = made[16]
+    alone.speculator = None
     alone._use(dataclasses.replace(alone.scheduler.config, enable_prefix_caching=False))
     expected = [
         (prompt, params, generate(alone, prompt, params).outputs)
         for prompt, params in random_requests(random.Random("everything"), 96)
     ]
     yield made, expected
-    for engine in made.values():
+    for engine, draft_runner in made.values():
         engine.close()
+        draft_runner.close()
 
 
 def run_traces(engines, monkeypatch, numbers: range) -> None:
@@ -205,15 +239,15 @@ def run_traces(engines, monkeypatch, numbers: range) -> None:
     for number in numbers:
         rng = random.Random(number)
         monkeypatch.setattr(SwapSpace, "_is_cheaper", lambda *_, rng=rng: rng.random() < 0.7)
-        seen += Trace(rng, engines[rng.choice(BLOCK_SIZES)], expected, f"trace {number}").run()
+        seen += Trace(rng, *engines[rng.choice(BLOCK_SIZES)], expected, f"trace {number}").run()
     print(len(numbers), "traces:", dict(seen))
-    for event in ("preemptions", "swapped in", "copied", "cached", "aborts"):
+    for event in ("preemptions", "swapped in", "copied", "cached", "aborts", "guessed right", "guessed wrong"):
         assert seen[event] > len(numbers) / 10, f"{event} hardly happened: {seen}"
 
 
 def test_everything_together(engines, monkeypatch):
-    exact = engines[0][16].formats.weights == "float32"
-    run_traces(engines, monkeypatch, range(NUM_TRACES if exact else NUM_TRACES // 5))
+    engine, _ = engines[0][16]
+    run_traces(engines, monkeypatch, range(NUM_TRACES if engine.formats.weights == "float32" else NUM_TRACES // 5))
 
 
 @pytest.mark.slow
