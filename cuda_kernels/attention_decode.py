@@ -73,6 +73,7 @@ def build(
     block_values = 4 * width
     folds = -(-piece_values // THREADS)  # values of a piece that a thread folds
     num_totals, parts_size, stats_size, slots_size = blocks * folds, WARPS * piece_values, WARPS * rows, WARPS * KEYS
+    scales_size = 2 * slots_size if kv_dtype == "int8" else 1
 
     def attention_decode(
         q, k_cache, v_cache, k_scales, v_scales, block_tables, query_start_loc, context_lens, tiles, out, workspace,
@@ -80,6 +81,7 @@ def build(
     ):  # fmt: skip
         queries = cuda.shared.array(query_words, uint32, 16)
         slots = flat(cuda.shared.array(slots_size, int32))
+        scales = flat(cuda.shared.array(scales_size, float32))  # of the slots' K and V, for int8
         parts = flat(cuda.shared.array(parts_size, float32))
         maxima = flat(cuda.shared.array(stats_size, float32))
         sums = flat(cuda.shared.array(stats_size, float32))
@@ -121,10 +123,12 @@ def build(
             cuda.syncthreads()
             if mine:
                 tile = chunk * CHUNK + warp * KEYS
-                find_keys(slots, my_slots, tile, lowest, last, kv_head, block_tables, table)
+                find_keys(
+                    slots, scales, my_slots, tile, lowest, last, kv_head, block_tables, table, k_scales, v_scales
+                )
                 score(queries, 0, k_cache, slots, my_slots, s)
                 m0, m1, l0, l1 = softmax(
-                    s, weights, tile, lowest0, position0, lowest1, position1, scale, k_scales, slots, my_slots
+                    s, weights, tile, lowest0, position0, lowest1, position1, scale, scales, my_slots
                 )
                 if t == 0:
                     maxima[warp * rows + g] = m0
@@ -152,7 +156,7 @@ def build(
 
             for block in range(blocks):
                 if mine:
-                    weigh(weights, v_cache, v_scales, slots, my_slots, block, c)
+                    weigh(weights, v_cache, slots, scales, my_slots, block, c)
                     to = (warp * rows + g) * piece + 2 * t * width
                     for j in range(width):
                         parts[to + j] = c[4 * j]

@@ -78,24 +78,25 @@ def key_words(width: int, head_dim: int, dtype: str, kv_dtype: str):
 
 @cache
 def value_words(width: int, dtype: str, kv_dtype: str):
-    """``load(words, at, cache, index, scales, slot)``: ``width`` values from ``index`` on to ``words[at:]``."""
+    """``load(words, at, cache, index, scale)``: ``width`` values from ``index`` on to ``words[at:]``; int8 times ``scale``.
+    """
     pack = pack_bf16x2 if dtype == "bfloat16" else pack_half2
     store = storer(dtype)
 
     @cuda.jit(device=True)
-    def load_8(words, at, cache, index, scales, slot):
+    def load_8(words, at, cache, index, scale):
         words[at], words[at + 1], words[at + 2], words[at + 3] = ldg128(cache, index)
 
     @cuda.jit(device=True)
-    def load_4(words, at, cache, index, scales, slot):
+    def load_4(words, at, cache, index, scale):
         words[at], words[at + 1] = ldg64(cache, index)
 
     @cuda.jit(device=True)
-    def load_2(words, at, cache, index, scales, slot):
+    def load_2(words, at, cache, index, scale):
         words[at] = ldg32(cache, index)
 
     @cuda.jit(device=True)
-    def load_1(words, at, cache, index, scales, slot):
+    def load_1(words, at, cache, index, scale):
         words[at] = uint32(cache[index])
 
     @cuda.jit(device=True)
@@ -103,26 +104,23 @@ def value_words(width: int, dtype: str, kv_dtype: str):
         return pack(_byte(word, number) * scale, _byte(word, number + 1) * scale)
 
     @cuda.jit(device=True)
-    def load_8_int8(words, at, cache, index, scales, slot):
-        scale = scales[slot]
+    def load_8_int8(words, at, cache, index, scale):
         low, high = ldg64(cache, index)
         words[at], words[at + 1] = scaled(low, 0, scale), scaled(low, 2, scale)
         words[at + 2], words[at + 3] = scaled(high, 0, scale), scaled(high, 2, scale)
 
     @cuda.jit(device=True)
-    def load_4_int8(words, at, cache, index, scales, slot):
-        scale = scales[slot]
+    def load_4_int8(words, at, cache, index, scale):
         word = ldg32(cache, index)
         words[at], words[at + 1] = scaled(word, 0, scale), scaled(word, 2, scale)
 
     @cuda.jit(device=True)
-    def load_2_int8(words, at, cache, index, scales, slot):
-        scale = scales[slot]
+    def load_2_int8(words, at, cache, index, scale):
         words[at] = pack(float32(cache[index]) * scale, float32(cache[index + 1]) * scale)
 
     @cuda.jit(device=True)
-    def load_1_int8(words, at, cache, index, scales, slot):
-        words[at] = uint32(store(float32(cache[index]) * scales[slot]))
+    def load_1_int8(words, at, cache, index, scale):
+        words[at] = uint32(store(float32(cache[index]) * scale))
 
     if kv_dtype == "int8":
         return {8: load_8_int8, 4: load_4_int8, 2: load_2_int8, 1: load_1_int8}[width]

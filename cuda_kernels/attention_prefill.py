@@ -66,6 +66,7 @@ def build(
     softmax, weigh, store = functions.softmax, functions.weigh, storer(dtype)
     query_words, width, blocks = functions.query_words, functions.value_width, functions.value_blocks
     shared_query_words, shared_slots = WARPS * query_words, WARPS * KEYS
+    scales_size = 2 * shared_slots if kv_dtype == "int8" else 1
     blocks_per_part = blocks // parts
     block_values = 4 * width
     lane_values = blocks_per_part * block_values
@@ -76,6 +77,7 @@ def build(
     ):  # fmt: skip
         queries = cuda.shared.array(shared_query_words, uint32, 16)
         slots = flat(cuda.shared.array(shared_slots, int32))
+        scales = flat(cuda.shared.array(scales_size, float32))  # of the slots' K and V, for int8
         warp, lane, kv_head = warp_index(), int32(cuda.threadIdx.x % 32), int32(cuda.blockIdx.y)
         sequence, first_row = tiles[2 * cuda.blockIdx.x], tiles[2 * cuda.blockIdx.x + 1]
         first_token = query_start_loc[sequence]
@@ -114,15 +116,17 @@ def build(
             for i in range(lane_values):
                 acc[i] = float32(0)
             while tile < end:
-                find_keys(slots, my_slots, tile, lowest, last, kv_head, block_tables, table)
+                find_keys(
+                    slots, scales, my_slots, tile, lowest, last, kv_head, block_tables, table, k_scales, v_scales
+                )
                 score(queries, my_queries, k_cache, slots, my_slots, s)
                 tile_m0, tile_m1, tile_l0, tile_l1 = softmax(
-                    s, weights, tile, lowest0, position0, lowest1, position1, scale, k_scales, slots, my_slots
+                    s, weights, tile, lowest0, position0, lowest1, position1, scale, scales, my_slots
                 )
                 m0, l0, before0, tile0 = fold_factors(m0, l0, tile_m0, tile_l0)
                 m1, l1, before1, tile1 = fold_factors(m1, l1, tile_m1, tile_l1)
                 for block in range(blocks_per_part):
-                    weigh(weights, v_cache, v_scales, slots, my_slots, first_block + block, c)
+                    weigh(weights, v_cache, slots, scales, my_slots, first_block + block, c)
                     for j in range(width):
                         at = block * block_values + 4 * j
                         acc[at] = fold(acc[at], before0, c[4 * j], tile0)

@@ -150,8 +150,10 @@ def tile_functions(
     num_heads, query_words = num_kv_heads * group, key_blocks * steps * 128
 
     @cuda.jit(device=True)
-    def find_keys(slots, first, tile, lowest, last, kv_head, block_tables, table):
-        """``slots[first : first + 64]``: rows of the cache that hold the tile's keys.
+    def find_keys(slots, scales, first, tile, lowest, last, kv_head, block_tables, table, k_scales, v_scales):
+        """``slots[first : first + 64]``: rows of the cache that hold the tile's keys, and of int8 the scales.
+
+        ``scales[2 first : 2 first + 64]`` are K's, the 64 after them V's: a warp reads neighbours' at once.
 
         Keys outside ``lowest`` to ``last`` are replaced by the nearest one inside.
         """
@@ -160,7 +162,11 @@ def tile_functions(
         for i in range(2):
             key = int32(min(max(tile + lane + 32 * i, lowest), last))
             block = block_tables[table + key // block_size]
-            slots[first + lane + 32 * i] = int32((block * num_kv_heads + kv_head) * block_size + key % block_size)
+            slot = int32((block * num_kv_heads + kv_head) * block_size + key % block_size)
+            slots[first + lane + 32 * i] = slot
+            if quantised:
+                scales[2 * first + lane + 32 * i] = k_scales[slot]
+                scales[2 * first + KEYS + lane + 32 * i] = v_scales[slot]
         cuda.syncwarp()
 
     @cuda.jit(device=True)
@@ -218,7 +224,7 @@ def tile_functions(
         return value
 
     @cuda.jit(device=True)
-    def softmax(s, weights, tile, lowest0, position0, lowest1, position1, scale, k_scales, slots, first):
+    def softmax(s, weights, tile, lowest0, position0, lowest1, position1, scale, scales, first):
         """Weights of the tile, packed as A fragments, and (m0, m1, l0, l1) of the rows g and g + 8.
 
         Row g sees the keys ``lowest0`` to ``position0``, row g + 8 those from ``lowest1`` to ``position1``.
@@ -232,7 +238,7 @@ def tile_functions(
                 key = int32(tile + inside)
                 key_factor = factor
                 if quantised:
-                    key_factor = mul_f32(factor, k_scales[slots[first + inside]])
+                    key_factor = mul_f32(factor, scales[2 * first + inside])
                 x0, x1 = logit(s[4 * j + i], key_factor), logit(s[4 * j + 2 + i], key_factor)
                 if key > position0 or key < lowest0:
                     x0 = float32(-INFINITY)
@@ -259,7 +265,7 @@ def tile_functions(
         return m0, m1, l0, l1
 
     @cuda.jit(device=True)
-    def weigh(weights, v_cache, v_scales, slots, first, block, c):
+    def weigh(weights, v_cache, slots, scales, first, block, c):
         """``c[4 j + i]``: C fragments of piece ``block`` of the head.
 
         For row g, c[4 j] is value ``8 E block + 2 t E + j`` and c[4 j + 1] is E further; c[4 j + 2] and
@@ -273,9 +279,10 @@ def tile_functions(
         for step in range(4):
             cuda.syncwarp()  # keeps the compiler from loading all steps' values at once, into registers it lacks
             for i in range(4):
-                slot = slots[first + 16 * step + 2 * t + i % 2 + i // 2 * 8]
-                value = int32(slot * head_dim + block * value_block + g * value_width)
-                load_values(words, i * value_load_words, v_cache, value, v_scales, slot)
+                key = int32(16 * step + 2 * t + i % 2 + i // 2 * 8)
+                value = int32(slots[first + key] * head_dim + block * value_block + g * value_width)
+                factor = scales[2 * first + KEYS + key] if quantised else float32(1)
+                load_values(words, i * value_load_words, v_cache, value, factor)
             for j in range(value_width):
                 selector = uint32(0x5410) if j % 2 == 0 else uint32(0x7632)
                 b0 = byte_permute(words[j // 2], words[value_load_words + j // 2], selector)
