@@ -6,12 +6,9 @@ Both classes refuse what they do not know. Errors name the option, the value see
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import functools
-import json
-import math
 from dataclasses import dataclass
 
+from minipaged.checks import check_choice, check_int, check_number, checked_grammar, refuse_unknown, show
 from minipaged.errors import ConfigError, InvalidParameterError
 
 DEVICES = ("auto", "reference", "cpu", "cuda")
@@ -25,107 +22,6 @@ MAX_BLOCK_SIZE = 256
 MAX_SPECULATIVE_TOKENS = 64
 MAX_TOKEN_ID = 2**31 - 1
 MAX_INT = 2**63 - 1  # no counter needs more than 64 bits
-
-
-def refuse_unknown(error: type[Exception]):
-    """Class decorator: the dataclass's constructor raises ``error``, not ``TypeError``, for an option it
-    does not know, and suggests the one that was meant."""
-
-    def decorate(cls: type) -> type:
-        construct = cls.__init__
-        known = [f.name for f in dataclasses.fields(cls)]
-
-        @functools.wraps(construct)
-        def checked(self, *args, **options):
-            for name in options:
-                if name not in known:
-                    close = difflib.get_close_matches(str(name), known, n=1)
-                    hint = f"Did you mean {close[0]!r}?" if close else f"Known options: {', '.join(known)}."
-                    raise error(f"unknown option {name!r}. {hint}")
-            construct(self, *args, **options)
-
-        cls.__init__ = checked
-        return cls
-
-    return decorate
-
-
-def _show(value) -> str:
-    """``repr`` in a length that fits a message; Python refuses to print very long integers."""
-    try:
-        text = repr(value)
-    except ValueError:
-        return f"a {type(value).__name__} too long to print"
-    return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _check_choice(error, name, value, choices):
-    if value not in choices:
-        raise error(f"{name} is {_show(value)}; it must be one of {', '.join(map(repr, choices))}.")
-
-
-def _check_int(error, name, value, low=None, high=None, optional=False):
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise error(f"{name} is {_show(value)}; it must be an integer.")
-    _check_range(error, name, value, low, high)
-
-
-def _check_number(error, name, value, low=None, high=None, optional=False):
-    if value is None and optional:
-        return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or (isinstance(value, float) and not math.isfinite(value)):
-        raise error(f"{name} is {_show(value)}; it must be a finite number.")
-    _check_range(error, name, value, low, high)
-
-
-def _check_range(error, name, value, low, high):
-    if low is not None and value < low:
-        raise error(f"{name} is {_show(value)}; it must be at least {low}.")
-    if high is not None and value > high:
-        raise error(f"{name} is {_show(value)}; it must be at most {high}.")
-
-
-GRAMMARS = ("json", "json_object", "regex", "choice", "grammar")
-
-
-def _checked_grammar(value) -> dict:
-    """``structured_outputs`` of the right form, a JSON schema parsed; whether the grammar itself is
-    well-formed is found out at admission."""
-    if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in GRAMMARS:
-        raise InvalidParameterError(
-            f"structured_outputs is {_show(value)}; it must be a dict with one of the keys {', '.join(GRAMMARS)}."
-        )
-    ((kind, grammar),) = value.items()
-    wrong = InvalidParameterError(f"structured_outputs[{kind!r}] is {_show(grammar)}; it must be {_FORMS[kind]}.")
-    if kind == "json":
-        try:
-            schema = json.loads(grammar) if isinstance(grammar, str) else json.loads(json.dumps(grammar))
-        except (TypeError, ValueError, RecursionError):
-            raise wrong from None
-        if not isinstance(schema, dict):
-            raise wrong
-        return {kind: schema}
-    if kind == "json_object":
-        fits = grammar is True
-    elif kind == "choice":
-        fits = isinstance(grammar, (list, tuple)) and grammar and all(isinstance(s, str) and s for s in grammar)
-    else:
-        fits = isinstance(grammar, str) and grammar
-    if not fits:
-        raise wrong
-    return {kind: list(grammar) if kind == "choice" else grammar}
-
-
-_FORMS = {
-    "json": "a JSON schema, as a dict or as text that holds an object",
-    "json_object": "True",
-    "regex": "a regular expression that is not empty",
-    "choice": "a list of strings, at least one and none empty",
-    "grammar": "the text of a grammar",
-}
 
 
 @refuse_unknown(ConfigError)
@@ -193,20 +89,20 @@ class EngineConfig:
     def __post_init__(self):
         err = ConfigError
         if not isinstance(self.model, str) or not self.model:
-            raise err(f"model is {_show(self.model)}; it must be a name or a path.")
-        _check_choice(err, "device", self.device, DEVICES)
-        _check_choice(err, "dtype", self.dtype, DTYPES)
-        _check_choice(err, "quantization", self.quantization, QUANTIZATIONS)
-        _check_choice(err, "kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
-        _check_choice(err, "policy", self.policy, POLICIES)
-        _check_int(err, "num_blocks", self.num_blocks, 1, 2**31 - 1, optional=True)
-        _check_int(err, "kv_cache_memory", self.kv_cache_memory, 1, MAX_INT, optional=True)
-        _check_int(err, "block_size", self.block_size, 1, MAX_BLOCK_SIZE)
+            raise err(f"model is {show(self.model)}; it must be a name or a path.")
+        check_choice(err, "device", self.device, DEVICES)
+        check_choice(err, "dtype", self.dtype, DTYPES)
+        check_choice(err, "quantization", self.quantization, QUANTIZATIONS)
+        check_choice(err, "kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES)
+        check_choice(err, "policy", self.policy, POLICIES)
+        check_int(err, "num_blocks", self.num_blocks, 1, 2**31 - 1, optional=True)
+        check_int(err, "kv_cache_memory", self.kv_cache_memory, 1, MAX_INT, optional=True)
+        check_int(err, "block_size", self.block_size, 1, MAX_BLOCK_SIZE)
         if self.block_size & (self.block_size - 1):
             raise err(f"block_size is {self.block_size}; it must be a power of two from 1 to {MAX_BLOCK_SIZE}.")
-        _check_int(err, "max_model_len", self.max_model_len, 1, MAX_INT, optional=True)
-        _check_int(err, "max_num_seqs", self.max_num_seqs, 1, 65536)
-        _check_int(err, "max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**24)
+        check_int(err, "max_model_len", self.max_model_len, 1, MAX_INT, optional=True)
+        check_int(err, "max_num_seqs", self.max_num_seqs, 1, 65536)
+        check_int(err, "max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**24)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise err(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}, fewer than max_num_seqs "
@@ -215,11 +111,11 @@ class EngineConfig:
             )
         for name in ("enable_prefix_caching", "check_integrity", "adaptive_speculation"):
             if not isinstance(getattr(self, name), bool):
-                raise err(f"{name} is {_show(getattr(self, name))}; it must be True or False.")
-        _check_int(err, "num_threads", self.num_threads, 1, 1024, optional=True)
-        _check_int(err, "seed", self.seed, 0, 2**64 - 1)
+                raise err(f"{name} is {show(getattr(self, name))}; it must be True or False.")
+        check_int(err, "num_threads", self.num_threads, 1, 1024, optional=True)
+        check_int(err, "seed", self.seed, 0, 2**64 - 1)
         self._check_speculation()
-        _check_int(err, "swap_space", self.swap_space, 0, MAX_INT)
+        check_int(err, "swap_space", self.swap_space, 0, MAX_INT)
         if self.swap_space and self.policy == "static":
             raise err(
                 f"swap_space is {self.swap_space}, but policy 'static' never preempts; "
@@ -229,12 +125,12 @@ class EngineConfig:
     def _check_speculation(self) -> None:
         name = self.speculative_model
         if name is not None and (not isinstance(name, str) or not name):
-            raise ConfigError(f"speculative_model is {_show(name)}; it must be a name, a path or {NGRAM!r}.")
-        _check_int(ConfigError, "num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
+            raise ConfigError(f"speculative_model is {show(name)}; it must be a name, a path or {NGRAM!r}.")
+        check_int(ConfigError, "num_speculative_tokens", self.num_speculative_tokens, 1, MAX_SPECULATIVE_TOKENS)
         for option in ("num_speculative_tokens", "adaptive_speculation"):
             value = getattr(self, option)
             if name is None and value != getattr(type(self), option):
-                raise ConfigError(f"{option} is {_show(value)}, but speculative_model is None; set that too.")
+                raise ConfigError(f"{option} is {show(value)}, but speculative_model is None; set that too.")
 
 
 @refuse_unknown(InvalidParameterError)
@@ -314,30 +210,30 @@ class SamplingParams:
 
     def __post_init__(self):
         err = InvalidParameterError
-        _check_int(err, "n", self.n, 1, self.MAX_SEQUENCES)
-        _check_number(err, "temperature", self.temperature, 0, 1000)
-        _check_int(err, "top_k", self.top_k, -1, MAX_INT)
-        _check_number(err, "top_p", self.top_p, 0, 1)
+        check_int(err, "n", self.n, 1, self.MAX_SEQUENCES)
+        check_number(err, "temperature", self.temperature, 0, 1000)
+        check_int(err, "top_k", self.top_k, -1, MAX_INT)
+        check_number(err, "top_p", self.top_p, 0, 1)
         if self.top_p == 0:
             raise err("top_p is 0; it must be above 0 (1 keeps every token; use temperature=0 for greedy).")
-        _check_number(err, "min_p", self.min_p, 0, 1)
-        _check_number(err, "presence_penalty", self.presence_penalty, -2, 2)
-        _check_number(err, "frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_number(err, "repetition_penalty", self.repetition_penalty, 0, 1000)
+        check_number(err, "min_p", self.min_p, 0, 1)
+        check_number(err, "presence_penalty", self.presence_penalty, -2, 2)
+        check_number(err, "frequency_penalty", self.frequency_penalty, -2, 2)
+        check_number(err, "repetition_penalty", self.repetition_penalty, 0, 1000)
         if self.repetition_penalty == 0:
             raise err("repetition_penalty is 0; it must be above 0 (1 does nothing).")
-        _check_int(err, "seed", self.seed, 0, 2**64 - 1, optional=True)
+        check_int(err, "seed", self.seed, 0, 2**64 - 1, optional=True)
         self.stop = self._strings("stop", self.stop, allow_str=True)
         self.bad_words = self._strings("bad_words", self.bad_words)
         for name in ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "use_beam_search"):
             if not isinstance(getattr(self, name), bool):
-                raise err(f"{name} is {_show(getattr(self, name))}; it must be True or False.")
-        _check_int(err, "max_tokens", self.max_tokens, 1, MAX_INT, optional=True)
-        _check_int(err, "min_tokens", self.min_tokens, 0, MAX_INT)
+                raise err(f"{name} is {show(getattr(self, name))}; it must be True or False.")
+        check_int(err, "max_tokens", self.max_tokens, 1, MAX_INT, optional=True)
+        check_int(err, "min_tokens", self.min_tokens, 0, MAX_INT)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise err(f"min_tokens is {self.min_tokens}, more than max_tokens ({self.max_tokens}).")
-        _check_int(err, "logprobs", self.logprobs, 0, self.MAX_LOGPROBS, optional=True)
-        _check_int(err, "prompt_logprobs", self.prompt_logprobs, 0, self.MAX_LOGPROBS, optional=True)
+        check_int(err, "logprobs", self.logprobs, 0, self.MAX_LOGPROBS, optional=True)
+        check_int(err, "prompt_logprobs", self.prompt_logprobs, 0, self.MAX_LOGPROBS, optional=True)
         self.stop_token_ids = self._ids("stop_token_ids", self.stop_token_ids)
         if self.allowed_token_ids is not None:
             self.allowed_token_ids = self._ids("allowed_token_ids", self.allowed_token_ids)
@@ -345,24 +241,24 @@ class SamplingParams:
                 raise err("allowed_token_ids is empty; at least one token must be allowed (None allows all).")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
-                raise err(f"logit_bias is {_show(self.logit_bias)}; it must map token ids to numbers.")
+                raise err(f"logit_bias is {show(self.logit_bias)}; it must map token ids to numbers.")
             for token_id, bias in self.logit_bias.items():
-                _check_int(err, "a token id in logit_bias", token_id, 0, MAX_TOKEN_ID)
-                _check_number(err, f"logit_bias[{token_id}]", bias, -100, 100)
+                check_int(err, "a token id in logit_bias", token_id, 0, MAX_TOKEN_ID)
+                check_number(err, f"logit_bias[{token_id}]", bias, -100, 100)
         self._check_sequences()
         if self.structured_outputs is not None:
-            self.structured_outputs = _checked_grammar(self.structured_outputs)
+            self.structured_outputs = checked_grammar(self.structured_outputs)
             if self.ignore_eos:
                 raise err("ignore_eos is True, but structured_outputs end with end-of-sequence; leave one of them out.")
 
     def _check_sequences(self) -> None:
         """How many continuations there are, and how they are chosen."""
         err = InvalidParameterError
-        _check_int(err, "best_of", self.best_of, 1, self.MAX_SEQUENCES, optional=True)
-        _check_int(err, "beam_width", self.beam_width, 1, self.MAX_SEQUENCES, optional=True)
-        _check_number(err, "length_penalty", self.length_penalty, -10, 10)
+        check_int(err, "best_of", self.best_of, 1, self.MAX_SEQUENCES, optional=True)
+        check_int(err, "beam_width", self.beam_width, 1, self.MAX_SEQUENCES, optional=True)
+        check_number(err, "length_penalty", self.length_penalty, -10, 10)
         if not isinstance(self.early_stopping, (bool, str)) or self.early_stopping not in EARLY_STOPPING:
-            raise err(f"early_stopping is {_show(self.early_stopping)}; it must be True, False or 'never'.")
+            raise err(f"early_stopping is {show(self.early_stopping)}; it must be True, False or 'never'.")
         if self.best_of is not None and self.best_of < self.n:
             raise err(f"best_of is {self.best_of}, fewer than n ({self.n}); raise it or lower n.")
         if self.use_beam_search:
@@ -373,7 +269,7 @@ class SamplingParams:
             return
         for name, neutral in (("beam_width", None), ("length_penalty", 1), ("early_stopping", False)):
             if getattr(self, name) != neutral:
-                raise err(f"{name} is {_show(getattr(self, name))}, but use_beam_search is False; set it to True.")
+                raise err(f"{name} is {show(getattr(self, name))}, but use_beam_search is False; set it to True.")
         if self.num_sequences > 1 and self.greedy:
             raise err(
                 f"{self.num_sequences} continuations (n or best_of) with temperature 0 would all be the same; "
@@ -387,7 +283,7 @@ class SamplingParams:
         if isinstance(value, str) and allow_str:
             value = [value]
         if not isinstance(value, (list, tuple)) or not all(isinstance(s, str) for s in value):
-            raise InvalidParameterError(f"{name} is {_show(value)}; it must be a list of strings.")
+            raise InvalidParameterError(f"{name} is {show(value)}; it must be a list of strings.")
         if any(not s for s in value):
             raise InvalidParameterError(f"{name} holds an empty string, which every text contains; remove it.")
         return list(value)
@@ -397,9 +293,9 @@ class SamplingParams:
         if value is None:
             return []
         if not isinstance(value, (list, tuple, set, frozenset)):
-            raise InvalidParameterError(f"{name} is {_show(value)}; it must be a list of token ids.")
+            raise InvalidParameterError(f"{name} is {show(value)}; it must be a list of token ids.")
         for token_id in value:
-            _check_int(InvalidParameterError, f"a token id in {name}", token_id, 0, MAX_TOKEN_ID)
+            check_int(InvalidParameterError, f"a token id in {name}", token_id, 0, MAX_TOKEN_ID)
         return list(value)
 
     @property

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BASE = ["minipaged.errors", "minipaged.config", "minipaged.outputs"]
+BASE = ["minipaged.errors", "minipaged.checks", "minipaged.config", "minipaged.outputs"]
 ANY = None  # any package from outside
 
 # layer: (what of our own it may import besides itself, what from outside the standard library)
 LAYERS = {
     "minipaged/errors.py": ([], []),
-    "minipaged/config.py": (["minipaged.errors"], []),
+    "minipaged/checks.py": (["minipaged.errors"], []),
+    "minipaged/config.py": (["minipaged.errors", "minipaged.checks"], []),
     "minipaged/outputs.py": (["minipaged.errors"], []),
     "minipaged/home.py": (["minipaged.errors"], []),
     "minipaged/core": (BASE, []),
