@@ -11,10 +11,18 @@ from functools import lru_cache
 
 import numpy as np
 
+from minipaged.errors import UnsupportedModelError
 from minipaged.model.config import LayerConfig, ModelConfig
 from minipaged.model.rope import rope_tables
 from minipaged.model.weights import LayerWeights, ModelWeights
-from minipaged.ops.cuda.attention import PLAIN, AttentionShape, decode_shape, make_tiles, uses_tensor_cores
+from minipaged.ops.cuda.attention import (
+    MAX_HEAD_DIM,
+    PLAIN,
+    AttentionShape,
+    decode_shape,
+    make_tiles,
+    uses_tensor_cores,
+)
 from minipaged.ops.cuda.buffers import Buffers
 from minipaged.ops.cuda.device import Call, Device, DeviceArray, Recording
 from minipaged.ops.cuda.inputs import StepInputs, max_tiles
@@ -53,6 +61,11 @@ class CudaDecoder:
         max_num_tokens: int,
         use_graphs: bool = True,
     ):
+        if config.head_dim > MAX_HEAD_DIM:
+            raise UnsupportedModelError(
+                f"head_dim is {config.head_dim}; attention on a CUDA device takes {MAX_HEAD_DIM} at most. "
+                "Use device='cpu'."
+            )
         self.device, self.config, self.kv_cache, self.activation = device, config, kv_cache, activation
         self.use_graphs = use_graphs
         self.max_num_tokens = max_num_tokens
@@ -68,7 +81,9 @@ class CudaDecoder:
         self.buffers = Buffers(device, config, activation, max_num_tokens, num_logits)
         max_blocks = -(-max_model_len // kv_cache.block_size)
         self.inputs = StepInputs(device, max_num_tokens, max_tiles(config, max_num_tokens), max_blocks)
-        self._tensor_cores = uses_tensor_cores(device.compute_capability, activation, kv_cache.layout.dtype)
+        self._tensor_cores = uses_tensor_cores(
+            device.compute_capability, activation, kv_cache.layout.dtype, config.head_dim
+        )
         self._logits_host = device.host_array(self.buffers.logits.nbytes).view(np.float32)
         self._plan = lru_cache(maxsize=PLANS_KEPT)(self._make_plan)
 

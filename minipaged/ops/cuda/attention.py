@@ -21,6 +21,8 @@ TILES_AT_ONCE = 256
 """Tiles of a prefill launch; its workspace has room for so many."""
 ENOUGH_BLOCKS = 256
 """About two for each multiprocessor of a large card: with so many sequences and heads nothing is split."""
+MAX_HEAD_DIM = 256
+"""Values of a head that the kernels have room for."""
 MAX_SPLIT_BLOCKS = 4096
 """Blocks of a split launch; its workspace has room for so many."""
 
@@ -38,11 +40,11 @@ class AttentionShape:
 PLAIN = AttentionShape("plain")
 
 
-def uses_tensor_cores(capability: tuple[int, int], activation: str, kv_dtype: str) -> bool:
-    """Whether the tile kernels serve these formats on such a card."""
+def uses_tensor_cores(capability: tuple[int, int], activation: str, kv_dtype: str, head_dim: int) -> bool:
+    """Whether the tile kernels serve these formats, and heads of this size, on such a card."""
     if activation == "float32" or (activation == "bfloat16" and capability < (8, 0)):
         return False
-    return kv_dtype in (activation, "int8")
+    return kv_dtype in (activation, "int8") and head_dim % 8 == 0
 
 
 def workspace_floats(config) -> int:
