@@ -62,9 +62,8 @@ def report_text(result: Profile) -> str:
     ]
     for label, traffic in (("loads", load), ("stores", store)):
         sectors = f"{traffic.sectors:,} = {_bytes(traffic.sector_bytes)}"
-        lines.append(
-            f"  {label:<20} {traffic.requests:>10,} {_bytes(traffic.bytes):>18} {sectors:>27} {traffic.efficiency:>9.0%}"
-        )
+        asked = f"{traffic.requests:>10,} {_bytes(traffic.bytes):>18}"
+        lines.append(f"  {label:<20} {asked} {sectors:>27} {traffic.efficiency:>9.0%}")
     if subject.must_move:
         lines.append(f"  must move {_bytes(subject.must_move)}; moves {result.surplus:.2f} times that (caches aside)")
     lines += [
