@@ -125,7 +125,7 @@ class Trace:
 
     def _speculator(self, limits) -> Speculator | None:
         """None, or one that has learned nothing yet and always guesses as far ahead as it may."""
-        engine, rng = self.engine, self.rng
+        rng = self.rng
         kind = rng.choice(["none", "ngram", "draft"])
         if kind == "none":
             return None
