@@ -21,6 +21,7 @@ from collections.abc import Callable
 from minipaged.config import SamplingParams
 from minipaged.core.block_pool import Block, BlockPool
 from minipaged.core.block_table import BlockTable
+from minipaged.core.order import num_common_blocks, siblings
 from minipaged.core.request import Request
 
 
@@ -55,6 +56,32 @@ class PrefixCache:
             hits.append(block)
             parent_id = block.content_id
         return hits
+
+    def shared_prefix(self, request: Request, running: list[Request]) -> list[Block]:
+        """Blocks that begin the request and are computed: cached ones, or those of a running sibling."""
+        hits = self.match(request)
+        if request.use_prefix_cache:
+            for sibling in siblings(request, running):
+                count = num_common_blocks(request, sibling, self.block_size)
+                if count > len(hits):
+                    hits = sibling.block_table.blocks[:count]
+        return hits
+
+    def is_being_computed(self, request: Request, num_hits: int, running: list[Request]) -> bool:
+        """Whether a running request is about to compute the first block that is missing.
+
+        Then waiting a little saves computing it twice. Meanwhile nobody is admitted, so those
+        running can only come to an end of their prompts, and the wait with them.
+        """
+        end = (num_hits + 1) * self.block_size
+        others = running if self.pool.enable_prefix_caching else siblings(request, running)
+        if not others or not request.use_prefix_cache or end >= request.num_tokens:
+            return False
+        wanted = self.block_hash(request, num_hits)
+        return any(
+            other.num_computed_tokens < end <= other.num_tokens and self.block_hash(other, num_hits) == wanted
+            for other in others
+        )
 
     def publish(self, request: Request) -> None:
         """Make the request's full, computed blocks known, if their tokens are.

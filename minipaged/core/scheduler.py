@@ -36,7 +36,7 @@ from minipaged.core.admission import check_admissible
 from minipaged.core.block_pool import Block, BlockPool
 from minipaged.core.block_table import BlockTable
 from minipaged.core.lookahead import add_draft_tokens
-from minipaged.core.order import delete, insert, num_common_blocks, siblings, yields
+from minipaged.core.order import delete, insert, siblings, yields
 from minipaged.core.prefix_cache import PrefixCache
 from minipaged.core.request import Request, RequestStatus
 from minipaged.core.scheduler_output import ScheduledSequence, SchedulerConfig, SchedulerOutput
@@ -264,7 +264,7 @@ class Scheduler:
             return
         awaited = any(sibling.awaits_token for sibling in siblings(urgent, self.running))
         while self.running and yields(self.running[-1], urgent, awaited):
-            if self._has_seats(urgent) and self._fits(urgent, self._find_prefix(urgent)):
+            if self._has_seats(urgent) and self._fits(urgent, self.prefix_cache.shared_prefix(urgent, self.running)):
                 break
             self._preempt(self.running[-1], output)
 
@@ -287,9 +287,9 @@ class Scheduler:
             request = self._next_waiting()
             if request is None or budget == 0 or request.request_id in output.preempted or not self._has_seats(request):
                 break
-            hits = self._find_prefix(request)
+            hits = self.prefix_cache.shared_prefix(request, self.running)
             known = max(len(hits), request.num_host_tokens // self.config.block_size)
-            if self._is_being_computed(request, known) or not self._fits(request, hits):
+            if self.prefix_cache.is_being_computed(request, known, self.running) or not self._fits(request, hits):
                 break
             self._start(request, hits)
             self.swap.restore(request, output)
@@ -325,17 +325,6 @@ class Scheduler:
         """Whether a request's sequences, forks to come included, may run beside the others."""
         return self._num_seqs() + request.num_seqs <= self.config.max_num_seqs
 
-    def _find_prefix(self, request: Request) -> list[Block]:
-        """Blocks that begin the request and are computed: cached, or those of a running sibling."""
-        hits = self.prefix_cache.match(request)
-        if not request.use_prefix_cache:
-            return hits
-        for sibling in siblings(request, self.running):
-            count = num_common_blocks(request, sibling, self.config.block_size)
-            if count > len(hits):
-                hits = sibling.block_table.blocks[:count]
-        return hits
-
     def _fits(self, request: Request, hits: list[Block]) -> bool:
         """Whether all tokens known fit, and each running sequence could still take a block.
 
@@ -344,23 +333,6 @@ class Scheduler:
         new = self._num_blocks(request.num_tokens) - len(hits)
         idle_hits = sum(block.ref_cnt == 0 for block in hits)  # counted as free, but about to be shared
         return new + idle_hits + len(self.running) <= self.pool.num_free
-
-    def _is_being_computed(self, request: Request, num_hits: int) -> bool:
-        """Whether a running request is about to compute the first block that is missing.
-
-        Then waiting a little saves computing it twice. Meanwhile nobody is admitted, so those
-        running can only come to an end of their prompts, and the wait with them.
-        """
-        end = (num_hits + 1) * self.config.block_size
-        others = self.running if self.config.enable_prefix_caching else siblings(request, self.running)
-        if not others or not request.use_prefix_cache or end >= request.num_tokens:
-            return False
-        wanted = self.prefix_cache.block_hash(request, num_hits)
-        return any(
-            other.num_computed_tokens < end <= other.num_tokens
-            and self.prefix_cache.block_hash(other, num_hits) == wanted
-            for other in others
-        )
 
     def _start(self, request: Request, hits: list[Block]) -> None:
         delete(self.waiting, request)
