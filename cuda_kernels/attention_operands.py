@@ -78,7 +78,9 @@ def key_words(width: int, head_dim: int, dtype: str, kv_dtype: str):
 
 @cache
 def value_words(width: int, dtype: str, kv_dtype: str):
-    """``load(words, at, cache, index, scale)``: ``width`` values from ``index`` on to ``words[at:]``; int8 times ``scale``.
+    """``load(words, at, cache, index, scale)``: ``width`` values from ``index`` on to ``words[at:]``.
+
+    int8 is multiplied by ``scale``.
     """
     pack = pack_bf16x2 if dtype == "bfloat16" else pack_half2
     store = storer(dtype)
