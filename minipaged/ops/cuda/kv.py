@@ -14,6 +14,7 @@ import numpy as np
 
 from cuda_kernels import copy_blocks
 from cuda_kernels.dtypes import BYTES
+from minipaged.errors import ConfigError
 
 from .device import Call, Device, DeviceArray, bind
 
@@ -48,6 +49,11 @@ class CudaKVCache:
     """
 
     def __init__(self, device: Device, num_layers: int, num_blocks: int, layout: CudaKVLayout):
+        if layout.values_bytes % 4:
+            raise ConfigError(
+                f"a KV block of {layout.values_bytes} bytes (block_size {layout.block_size}, head_dim "
+                f"{layout.head_dim}, {layout.dtype}) cannot be copied in words of 4 bytes; block_size must be 4 or more here."
+            )
         self.device, self.layout = device, layout
         self.num_layers, self.num_blocks, self.block_size = num_layers, num_blocks, layout.block_size
         self.data = DeviceArray(device, (num_layers * 2, num_blocks, layout.values_bytes), np.uint8)
