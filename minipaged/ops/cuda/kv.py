@@ -52,7 +52,8 @@ class CudaKVCache:
         if layout.values_bytes % 4:
             raise ConfigError(
                 f"a KV block of {layout.values_bytes} bytes (block_size {layout.block_size}, head_dim "
-                f"{layout.head_dim}, {layout.dtype}) cannot be copied in words of 4 bytes; block_size must be 4 or more here."
+                f"{layout.head_dim}, {layout.dtype}) cannot be copied in words of 4 bytes; "
+                "block_size must be 4 or more here."
             )
         self.device, self.layout = device, layout
         self.num_layers, self.num_blocks, self.block_size = num_layers, num_blocks, layout.block_size
