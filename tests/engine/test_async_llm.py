@@ -32,6 +32,28 @@ async def collect(llm, prompt, params=GREEDY, **options):
     return last
 
 
+def test_choices_and_beams_stream_beside_one_another():
+    samples = SamplingParams(n=3, temperature=0.9, seed=6, max_tokens=10)
+    beams = SamplingParams(n=2, use_beam_search=True, beam_width=4, max_tokens=10)
+
+    async def test(llm):
+        alone = [await collect(llm, "KING:", params) for params in (samples, beams)]
+        together = await asyncio.gather(*(collect(llm, "KING:", params) for params in (samples, beams)))
+        for a, b in zip(alone, together, strict=True):
+            assert [c.token_ids for c in a.outputs] == [c.token_ids for c in b.outputs]
+        assert [len(output.outputs) for output in together] == [3, 2]
+        task = asyncio.create_task(collect(llm, "KING:", beams.clone(max_tokens=200)))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while (await llm.stats()).num_requests_running:
+            await asyncio.sleep(0.01)
+        assert (await llm.stats()).num_blocks_used == 0
+
+    run(test)
+
+
 def test_tasks_are_batched_and_each_gets_its_own_tokens():
     async def test(llm):
         prompts = [f"SCENE {i}. A street.\n" for i in range(12)]
