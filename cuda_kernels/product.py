@@ -18,9 +18,9 @@ warps share K, 32 columns in turn::
     k          0 .. 31 | 32 .. 63 | 64 .. 95 | 96 .. 127 | 128 .. 159 | ...
     warp           0   |     1    |     2    |      3    |      0     | ...
 
-    one chunk of 32 columns in one warp:
-      weight   global memory --(128 bits a lane, fragments)--> registers, one chunk ahead
-      x        global memory --(cp.async 16 bytes a lane)--> shared memory, two chunks ahead
+    one chunk of 32 columns in one warp (small fragments: up to four chunks in each turn of its loop):
+      weight   global memory --(128 bits a lane, fragments)--> registers, one turn ahead
+      x        global memory --(cp.async 16 bytes a lane)--> shared memory, two turns ahead
                shared memory --(ldmatrix.x4)--> the fragments of 8 tokens and 32 columns
       mma      columns 0..15, then 16..31, onto the same sums
 
@@ -70,7 +70,8 @@ WARPS = 4
 CHUNK = 32  # columns of K that a warp takes at once
 ROW_WORDS = CHUNK // 2  # 32-bit words of a chunk of one row of x
 BLOCKS = 256  # about two for each multiprocessor of a large card
-STAGES = 3  # chunks of x in shared memory: one in use, two on their way
+STAGES = 3  # turns' chunks of x in shared memory: one turn's in use, two on their way
+WORDS_AHEAD = 32  # registers of a lane for the weight's next chunks, where few tokens leave room
 
 
 @cache
@@ -106,32 +107,43 @@ def build(
     columns = rows // 2 if gated else rows
     halves = 2 if gated else 1
     pitch = rows + 4  # of the tile of sums: 4 lanes' tokens lie 8 banks apart
-    stage_words = tokens * ROW_WORDS
+    depth = max(1, min(4, WORDS_AHEAD // words)) if token_tiles == 1 else 1
+    words_ahead = depth * words
+    stage_words = depth * tokens * ROW_WORDS
     shared_words = max(WARPS * STAGES * stage_words, tokens * pitch)
     num_sums = row_tiles * token_tiles * 4
+    turn = depth * WARPS  # chunks that the block takes in one turn of its loop
 
     @cuda.jit(device=True)
     def copy_x(x, source, width, chunk, shared, stage):
-        """Start copying a chunk of the rows of x that begin at ``source``; what lies outside becomes zero."""
+        """Start copying a turn's chunks of the rows of x that begin at ``source``; what lies outside becomes zero."""
         lane = cuda.threadIdx.x % WARP
         row, piece = lane // 4, lane % 4
-        column = chunk * CHUNK + piece * 8
-        place = stage * stage_words + row * ROW_WORDS + (piece ^ (row // 2 % 4)) * 4
-        for j in range(token_tiles):
-            inside = source[j] >= 0 and column < width
-            index = int32(source[j] + column) if inside else int32(0)
-            if asynchronous:
-                cp_async16_zfill(shared, place + j * 8 * ROW_WORDS, x, index, uint32(16) if inside else uint32(0))
-            else:
-                a, b, c, d = uint32(0), uint32(0), uint32(0), uint32(0)
-                if inside:
-                    a, b, c, d = ldg128(x, index)
-                sts128(shared, place + j * 8 * ROW_WORDS, a, b, c, d)
+        for d in range(depth):
+            column = (chunk + d * WARPS) * CHUNK + piece * 8
+            place = stage * stage_words + (d * tokens + row) * ROW_WORDS + (piece ^ (row // 2 % 4)) * 4
+            for j in range(token_tiles):
+                inside = source[j] >= 0 and column < width
+                index = int32(source[j] + column) if inside else int32(0)
+                at = place + j * 8 * ROW_WORDS
+                if asynchronous:
+                    cp_async16_zfill(shared, at, x, index, uint32(16) if inside else uint32(0))
+                else:
+                    p0, p1, p2, p3 = uint32(0), uint32(0), uint32(0), uint32(0)
+                    if inside:
+                        p0, p1, p2, p3 = ldg128(x, index)
+                    sts128(shared, at, p0, p1, p2, p3)
 
     @cuda.jit(device=True)
-    def multiply(a, step, m, b0, b1, c, at):
+    def read_weight(weight, scales, tile, last, chunk, chunks, a):
+        for d in range(depth):
+            if chunk + d * WARPS < chunks:
+                read(weight, scales, tile, last, chunk + d * WARPS, chunks, a, d * words)
+
+    @cuda.jit(device=True)
+    def multiply(a, start, step, m, b0, b1, c, at):
         """Add one fragment of the weight times one of x to ``c[at .. at + 3]``."""
-        a0, a1, a2, a3 = fragment(a, m, step)
+        a0, a1, a2, a3 = fragment(a, start, m, step)
         if asynchronous:
             d0, d1, d2, d3 = mma(a0, a1, a2, a3, b0, b1, c[at], c[at + 1], c[at + 2], c[at + 3])
         else:
@@ -140,10 +152,10 @@ def build(
         c[at], c[at + 1], c[at + 2], c[at + 3] = d0, d1, d2, d3
 
     @cuda.jit(device=True)
-    def multiply_chunk(a, shared, stage, sums):
+    def multiply_chunk(a, start, shared, x_rows, sums):
         lane = cuda.threadIdx.x % WARP
         row, piece = lane % 8, lane // 8
-        place = stage * stage_words + row * ROW_WORDS + (piece ^ (row // 2 % 4)) * 4
+        place = (x_rows + row) * ROW_WORDS + (piece ^ (row // 2 % 4)) * 4
         for n in range(token_tiles):
             b0, b1, b2, b3 = ldmatrix_x4(shared, place + n * 8 * ROW_WORDS)
             for m in range(row_tiles):
@@ -152,16 +164,16 @@ def build(
                     part = cuda.local.array(4, float32)
                     for i in range(4):
                         part[i] = float32(0)
-                    multiply(a, 0, m, b0, b1, part, 0)
-                    multiply(a, 1, m, b2, b3, part, 0)
-                    low, high = chunk_scale(a, m)
+                    multiply(a, start, 0, m, b0, b1, part, 0)
+                    multiply(a, start, 1, m, b2, b3, part, 0)
+                    low, high = chunk_scale(a, start, m)
                     sums[at] = fma_f32(low, part[0], sums[at])
                     sums[at + 1] = fma_f32(low, part[1], sums[at + 1])
                     sums[at + 2] = fma_f32(high, part[2], sums[at + 2])
                     sums[at + 3] = fma_f32(high, part[3], sums[at + 3])
                 else:
-                    multiply(a, 0, m, b0, b1, sums, at)
-                    multiply(a, 1, m, b2, b3, sums, at)
+                    multiply(a, start, 0, m, b0, b1, sums, at)
+                    multiply(a, start, 1, m, b2, b3, sums, at)
 
     @cuda.jit(device=True)
     def add_to_tile(shared, place, value, first):
@@ -222,29 +234,28 @@ def build(
         for i in range(num_sums):
             sums[i] = float32(0)
 
-        a, ahead = cuda.local.array(words, uint32), cuda.local.array(words, uint32)
-        if warp < chunks:
-            read(weight, scales, tile, last, warp, chunks, ahead)
+        a, ahead = cuda.local.array(words_ahead, uint32), cuda.local.array(words_ahead, uint32)
+        read_weight(weight, scales, tile, last, warp, chunks, ahead)
         own = warp * STAGES
         for stage in range(STAGES - 1):
-            copy_x(x, source, width, warp + stage * WARPS, shared, own + stage)
+            copy_x(x, source, width, warp + stage * turn, shared, own + stage)
             if asynchronous:
                 cp_async_commit()
         stage, free = 0, STAGES - 1
-        for step in range((chunks + WARPS - 1) // WARPS):
-            chunk = step * WARPS + warp
+        for number in range((chunks + turn - 1) // turn):
+            chunk = number * turn + warp
             if asynchronous:
                 cp_async_wait1()
-            cuda.syncthreads()  # the stage's chunk has come, and the free stage has been read, by all lanes
-            copy_x(x, source, width, chunk + (STAGES - 1) * WARPS, shared, own + free)
+            cuda.syncthreads()  # the stage's chunks have come, and the free stage has been read, by all lanes
+            copy_x(x, source, width, chunk + (STAGES - 1) * turn, shared, own + free)
             if asynchronous:
                 cp_async_commit()
-            for i in range(words):
+            for i in range(words_ahead):
                 a[i] = ahead[i]
-            if chunk + WARPS < chunks:
-                read(weight, scales, tile, last, chunk + WARPS, chunks, ahead)
-            if chunk < chunks:
-                multiply_chunk(a, shared, own + stage, sums)
+            read_weight(weight, scales, tile, last, chunk + turn, chunks, ahead)
+            for d in range(depth):
+                if chunk + d * WARPS < chunks:
+                    multiply_chunk(a, d * words, shared, ((own + stage) * depth + d) * tokens, sums)
             free = stage
             stage = stage + 1 if stage + 1 < STAGES else 0
         if asynchronous:

@@ -68,27 +68,27 @@ def _nibbles_to_bf16x2(word, i):
 def fragment_reader(weight: str, x: str, row_tiles: int) -> SimpleNamespace:
     """How ``row_tiles`` x 16 rows of a weight are read, 32 columns at a time, to be multiplied with ``x``.
 
-    ``words``: length of ``a``. ``read(weight, scales, tile, last, chunk, chunks, a)`` fills it from chunk
-    ``chunk`` of ``chunks``; ``tile`` counts 16 rows and is a multiple of ``row_tiles``, ``last`` is the last panel.
-    ``fragment(a, m, step)`` is the fragment of tile ``m`` and of columns 16 ``step`` and on.
-    ``chunk_scale(a, m)``: int4's scales of the lane's rows g and g + 8.
+    ``words``: how many of ``a`` a chunk takes, from ``start`` on. ``read(weight, scales, tile, last, chunk, chunks,
+    a, start)`` fills them from chunk ``chunk`` of ``chunks``; ``tile`` counts 16 rows and is a multiple of
+    ``row_tiles``, ``last`` is the last panel. ``fragment(a, start, m, step)`` is the fragment of tile ``m`` and of
+    columns 16 ``step`` and on. ``chunk_scale(a, start, m)``: int4's scales of the lane's rows g and g + 8.
     """
     return {"int8": _int8_reader, "int4": _int4_reader}.get(weight, _float_reader)(x, row_tiles)
 
 
 def _float_reader(x: str, row_tiles: int) -> SimpleNamespace:
     @cuda.jit(device=True)
-    def read(weight, scales, tile, last, chunk, chunks, a):
+    def read(weight, scales, tile, last, chunk, chunks, a, start):
         lane = cuda.threadIdx.x % LANES
         for m in range(row_tiles):
             for step in range(2):
                 index = ((min(tile // 4 + m // 4, last) * chunks + chunk) * 4 + tile % 4) * 2 * LANES + lane
-                at = m * 8 + step * 4
+                at = start + m * 8 + step * 4
                 a[at], a[at + 1], a[at + 2], a[at + 3] = ldg128(weight, (index + (m % 4 * 2 + step) * LANES) * 8)
 
     @cuda.jit(device=True)
-    def fragment(a, m, step):
-        at = m * 8 + step * 4
+    def fragment(a, start, m, step):
+        at = start + m * 8 + step * 4
         return a[at], a[at + 1], a[at + 2], a[at + 3]
 
     return SimpleNamespace(words=8 * row_tiles, read=read, fragment=fragment, chunk_scale=None)
@@ -96,15 +96,17 @@ def _float_reader(x: str, row_tiles: int) -> SimpleNamespace:
 
 def _int8_reader(x: str, row_tiles: int) -> SimpleNamespace:
     @cuda.jit(device=True)
-    def read(weight, scales, tile, last, chunk, chunks, a):
+    def read(weight, scales, tile, last, chunk, chunks, a, start):
         lane = cuda.threadIdx.x % LANES
         for m in range(row_tiles):
             index = ((min(tile // 4 + m // 4, last) * chunks + chunk) * 4 + tile % 4 + m % 4) * LANES + lane
-            a[m * 4], a[m * 4 + 1], a[m * 4 + 2], a[m * 4 + 3] = ldg128(weight, index * 16)
+            at = start + m * 4
+            a[at], a[at + 1], a[at + 2], a[at + 3] = ldg128(weight, index * 16)
 
     @cuda.jit(device=True)
-    def fragment_f16(a, m, step):
-        first, second = a[m * 4 + step * 2], a[m * 4 + step * 2 + 1]
+    def fragment_f16(a, start, m, step):
+        at = start + m * 4 + step * 2
+        first, second = a[at], a[at + 1]
         return (
             _bytes_to_half2(first, 0x4140),
             _bytes_to_half2(first, 0x4342),
@@ -113,8 +115,9 @@ def _int8_reader(x: str, row_tiles: int) -> SimpleNamespace:
         )
 
     @cuda.jit(device=True)
-    def fragment_bf16(a, m, step):
-        first, second = a[m * 4 + step * 2], a[m * 4 + step * 2 + 1]
+    def fragment_bf16(a, start, m, step):
+        at = start + m * 4 + step * 2
+        first, second = a[at], a[at + 1]
         return (
             _bytes_to_bf16x2(first, 0),
             _bytes_to_bf16x2(first, 2),
@@ -130,21 +133,21 @@ def _int4_reader(x: str, row_tiles: int) -> SimpleNamespace:
     unpack = _nibbles_to_bf16x2 if x == "bfloat16" else _nibbles_to_half2
 
     @cuda.jit(device=True)
-    def read(weight, scales, tile, last, chunk, chunks, a):
+    def read(weight, scales, tile, last, chunk, chunks, a, start):
         lane = cuda.threadIdx.x % LANES
         for p in range(row_tiles // 2):
             index = ((min(tile // 4 + p // 2, last) * chunks + chunk) * 2 + tile % 4 // 2 + p % 2) * LANES
-            at = p * 6
+            at = start + p * 6
             a[at], a[at + 1], a[at + 2], a[at + 3] = ldg128(weight, (index + lane) * 16)
             a[at + 4], a[at + 5] = ldg64(scales, index + lane // 4 * 4)
 
     @cuda.jit(device=True)
-    def fragment(a, m, step):
-        word = a[m // 2 * 6 + m % 2 * 2 + step]
+    def fragment(a, start, m, step):
+        word = a[start + m // 2 * 6 + m % 2 * 2 + step]
         return unpack(word, 0), unpack(word, 1), unpack(word, 2), unpack(word, 3)
 
     @cuda.jit(device=True)
-    def chunk_scale(a, m):
-        return unpack_half2(a[m // 2 * 6 + 4 + m % 2])
+    def chunk_scale(a, start, m):
+        return unpack_half2(a[start + m // 2 * 6 + 4 + m % 2])
 
     return SimpleNamespace(words=3 * row_tiles, read=read, fragment=fragment, chunk_scale=chunk_scale)
