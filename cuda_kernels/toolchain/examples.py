@@ -311,10 +311,11 @@ def _argmax(sizes: Sizes, cc, rng) -> Example:
 
 def _process_logits(sizes: Sizes, cc, rng) -> Example:
     raw = _normal(rng, sizes.tokens, sizes.vocab)
-    starts = np.array([[0, 0, 0, 3, 3, 5, 5, 8]], np.int32)  # no allowed, 3 masked, 2 biased, 3 seen tokens
     # A token in several lists falls to several threads, one after the other.
-    tokens = np.array([0, 7, 14, 7, 14, 0, 7, 21], np.int32)
-    lists = tokens, _normal(rng, 8), np.array([0, 0, 0, 0, 0, 1, 0, 1], np.int32)
+    allowed, masked, biased, seen = [21, 14, 7, 0], [0, 7, 14], [7, 14], [0, 7, 21]
+    starts = np.array([[0, 4, 4, 7, 7, 9, 9, 12]], np.int32)
+    tokens = np.array([*allowed, *masked, *biased, *seen], np.int32)
+    lists = tokens, _normal(rng, 12), (np.arange(12) % 2).astype(np.int32)
     penalties = np.array([[0.5, 0.25, 1.5]], np.float32)
     arguments = (raw, np.zeros_like(raw), NOTHING, starts, *lists, penalties, sizes.vocab)
     return Example(processors.build(), processors.launch_dims(1)[0], arguments, 8 * sizes.vocab)

@@ -4,7 +4,8 @@ Mutants of two sorts: an order is lost (a barrier, a ``cp.async`` wait or commit
 conditional branch, a predicated instruction or a selection always goes one way). Each is run on the kernel's
 example. A guard that already goes that way for every thread of the example is left out: the mutant is the same
 program there, and counts as *not exercised*. A mutant is *killed* by a fault of the interpreter or by a result
-that differs in any bit, and *survives* otherwise. Survivors are listed with their reasons in ``mutation_survivors.json``.
+that differs in any bit, and *survives* otherwise: those are listed with their reasons in
+``mutation_survivors.json``.
 """
 
 from __future__ import annotations
