@@ -85,6 +85,7 @@ _OFFERED = {
         "dtype": ("auto", "float32", "float16", "bfloat16"),
         "quantization": (None, "int8", "int4"),
         "kv_cache_dtype": ("auto", "float32", "float16", "bfloat16", "int8"),
+        "speculative_model": (None,),
         "swap_space": (0,),
     },
 }

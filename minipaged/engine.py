@@ -215,7 +215,7 @@ class Engine:
         failed |= {sequence_id: tokens[0].error for sequence_id, tokens in drawn.items() if tokens[0].error}
         for sequence_id in failed:
             self.scheduler.abort(sequence_id)  # before the update, which would publish its KV for others
-        num_accepted = self.speculator.verify(plan, self.sampler, logits, drawn) if self.speculator else {}
+        num_accepted = self.speculator.verify(plan, self.sampler, logits, drawn) if drafts else {}
         self.scheduler.update(plan, num_accepted=num_accepted)
         outputs = self._process(plan, drawn, failed, started)
         if self.config.check_integrity:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 from minipaged.bench.modes import MODE_OPTIONS
+from minipaged.cli import bench_speculation
 from minipaged.cli.options import add_common_options, add_engine_options, given, positive_int, positive_ints
 from minipaged.cli.terminal import note, write
 from minipaged.config import POLICIES, EngineConfig
@@ -24,6 +25,7 @@ examples:
   minipaged bench roofline --format int8 --num-threads 2
   minipaged bench kernels --device cuda --batch-size 1,32 --json card.json
   minipaged bench roofline --step --num-threads 2 --batch-size 1,32
+  minipaged bench speculation --model tiny --speculative-model tiny-draft --text held-out.txt
   minipaged bench quality --text held-out.txt --mode reference --mode cpu:int8 --mode cpu:int4:kv=int8
   minipaged bench compare --peer transformers=/venv/bin/python:/models/hf --mode cpu:int8 --json result.json
 """
@@ -42,6 +44,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_compare(_add(kinds, "compare", _compare, "other engines on the same work, in turn with ours"))
     _configure_sharing(_add(kinds, "sharing", _sharing, "KV blocks saved by samples, beams and prompts that share"))
     _configure_grammar(_add(kinds, "grammar", _grammar, "what masking by a JSON schema adds to a decode step"))
+    bench_speculation.configure(
+        _add(kinds, "speculation", bench_speculation.measure, bench_speculation.SUMMARY)
+    )
     _configure_quality(_add(kinds, "quality", _quality, "perplexity and greedy agreement of each precision"))
 
 

@@ -31,6 +31,7 @@ REMEMBER_GUESSES = 0.95  # weight of earlier guesses, after each step that verif
 REMEMBER_STEPS = 0.98  # after each step without: what failed long ago is tried again
 PLAIN_STEPS = 3  # first of all, to know what a plain step costs
 PLAIN_EVERY = 32  # and again after so many speculative ones, for the cost of plain ones changes
+FIRST_LIMIT = 2  # guesses for a sequence while it is not known what they cost
 LEAST_GAIN = 1.05  # a step must promise so many times the tokens a second: choosing and verifying take time too
 ALLOWANCE = 0.01  # share of all time that may be lost by speculating
 FIRST_STEPS = 3  # plain steps' worth of time that may be lost at first
@@ -131,7 +132,7 @@ class LengthController:
             left -= candidates[i].backlog * self._draft_seconds()[1]
             if left < 0:
                 break
-            limits[i] = candidates[i].limit
+            limits[i] = candidates[i].limit if self._proposer.cost.known else min(candidates[i].limit, FIRST_LIMIT)
         return limits
 
     def _draft_seconds(self) -> tuple[float, float]:
@@ -186,17 +187,10 @@ class LengthController:
             guessing: seconds spent on guessing for it.
             pure: whether no row but these was computed (no chunk of a prompt).
         """
-        if self.resting:
-            self.resting -= 1
-            self._rested += 1
-            self.purse += ALLOWANCE * seconds
-            if not self.resting:
-                self._forget(REMEMBER_STEPS**self._rested)
-            return
         if pure and num_sequences:
             if not self.step_cost.known:
                 self.purse = FIRST_STEPS * seconds
-            self.step_cost.observe(num_sequences + num_guessed, seconds)
+            seconds = self.step_cost.observe(num_sequences + num_guessed, seconds)
             self._num_speculative = self._num_speculative + 1 if num_guessed else 0
         self.purse += ALLOWANCE * (seconds + guessing) - guessing
         if num_sequences:
@@ -205,6 +199,14 @@ class LengthController:
             self.purse = min(self.purse, FULL_STEPS * plain)
         self._forget(REMEMBER_STEPS)
         self._just_guessed.clear()
+
+    def rest(self, seconds: float) -> None:
+        """A step was done in which nothing was considered."""
+        self.resting -= 1
+        self._rested += 1
+        self.purse += ALLOWANCE * seconds
+        if not self.resting:
+            self._forget(REMEMBER_STEPS**self._rested)
 
     def _forget(self, factor: float) -> None:
         """Nothing was learned in this step about some sequences, or about any."""

@@ -30,8 +30,8 @@ class LinearCost:
         """Seconds that a step of ``rows`` rows is expected to take; 0 before any was observed."""
         return self.fixed + self.per_row * rows
 
-    def observe(self, rows: int, seconds: float) -> None:
-        """A step of ``rows`` rows took ``seconds``."""
+    def observe(self, rows: int, seconds: float) -> float:
+        """A step of ``rows`` rows took ``seconds``; returns how many of them are believed to be its own."""
         if self.known:
             seconds = min(seconds, OUTLIER * self(rows))
         self.num_observed += 1
@@ -41,6 +41,7 @@ class LinearCost:
         self._rows_rows = self._rows_rows * DECAY + rows * rows
         self._rows_seconds = self._rows_seconds * DECAY + rows * seconds
         self._fit()
+        return seconds
 
     def _fit(self) -> None:
         mean_rows, mean_seconds = self._rows / self._weight, self._seconds / self._weight

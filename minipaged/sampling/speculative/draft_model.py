@@ -102,6 +102,7 @@ class DraftModelProposer:
         cost_share: float = 1.0,
     ):
         self.cost = LinearCost()
+        self.seconds = 0.0
         self.cost_share = cost_share
         self.runner = runner
         self.pool = BlockPool(num_blocks)
@@ -121,7 +122,7 @@ class DraftModelProposer:
             plan, sampling = self._plan(active)
             if plan.scheduled:
                 self._guess(plan, sampling)
-                self.cost.observe(plan.num_tokens, time.perf_counter() - started)
+                self.seconds += self.cost.observe(plan.num_tokens, time.perf_counter() - started)
             active = [draft for draft in sampling if 0 < len(draft.guesses) < draft.num_wanted]
         return [draft.guesses.copy() for draft in drafts]
 

@@ -60,6 +60,7 @@ class NgramProposer:
 
     def __init__(self, longest: int = LONGEST, shortest: int = SHORTEST):
         self.cost = LinearCost()
+        self.seconds = 0.0
         self._lengths = longest, shortest
         self._indices: dict[Request, NgramIndex] = {}
 
@@ -68,7 +69,7 @@ class NgramProposer:
         started = time.perf_counter()
         drafts = [self._propose(wish) for wish in wishes]
         if wishes:
-            self.cost.observe(len(wishes), time.perf_counter() - started)
+            self.seconds += self.cost.observe(len(wishes), time.perf_counter() - started)
         return drafts
 
     def _propose(self, wish: DraftWish) -> list[int]:

@@ -31,11 +31,13 @@ class Proposer(Protocol):
 
     Attributes:
         cost: seconds of a round over the sequences (or tokens) in it, as measured.
+        seconds: spent on guessing in all, without what disturbed it.
         cost_share: what a round is expected to cost of a step of the target, before any was measured.
         round_each_token: whether each further draft token costs another round, or all come at once.
     """
 
     cost: LinearCost
+    seconds: float
     cost_share: float
     round_each_token: bool
 

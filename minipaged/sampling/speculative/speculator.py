@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -46,6 +45,7 @@ class Speculator:
         self._running: list[Request] = []
         self._wishes: dict[str, DraftWish] = {}  # granted in this step
         self._accepted: dict[str, int] = {}
+        self._considered = False
         self._seconds = 0.0
 
     def guess(
@@ -57,10 +57,11 @@ class Speculator:
             running: requests that the scheduler runs.
             sampling_of: how a request is sampled; ``None`` if it is not to be speculated on.
         """
-        self._wishes, self._seconds = {}, 0.0
-        if self.controller is not None and self.controller.resting:
+        self._wishes, self._accepted, self._seconds = {}, {}, 0.0
+        self._considered = self.controller is None or not self.controller.resting
+        if not self._considered:
             return {}
-        started = time.perf_counter()
+        before = self.proposer.seconds
         self._retain(running)
         wishes, num_sequences = self._all_wishes(running, sampling_of)
         if self.proposer.round_each_token:  # each guess takes time: ask for no more than pay
@@ -74,7 +75,7 @@ class Speculator:
             wishes = self._worthwhile([wish for wish in wishes if wish.num_tokens], num_sequences)
             drafts = [found[wish.request][: wish.num_tokens] for wish in wishes]
         self._wishes = {wish.request.request_id: wish for wish in wishes}
-        self._seconds = time.perf_counter() - started
+        self._seconds = self.proposer.seconds - before
         return {wish.request.request_id: draft for wish, draft in zip(wishes, drafts, strict=True) if draft}
 
     def _retain(self, running: list[Request]) -> None:
@@ -129,6 +130,9 @@ class Speculator:
 
     def observe(self, plan: SchedulerOutput, seconds: float) -> None:
         """Learn from a step that was verified, and how long it took without :meth:`guess`."""
+        if not self._considered:
+            self.controller.rest(seconds)
+            return
         num_guessed = sum(sequence.num_lookahead_tokens for sequence in plan.scheduled)
         num_right = sum(self._accepted.values())
         self.num_guessed += num_guessed

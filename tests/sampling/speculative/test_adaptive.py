@@ -73,7 +73,8 @@ class World:
         got = 0
         while got < num_tokens * len(self.requests):
             lengths = [0] * len(self.requests)
-            if not self.controller.resting:
+            considered = not self.controller.resting
+            if considered:
                 candidates = [Candidate(request, limit, backlog) for request in self.requests]
                 lengths = self.controller.choose(candidates, len(self.requests))
             guessing = 0.0
@@ -87,9 +88,11 @@ class World:
                 if length:
                     self.controller.observe_guesses(request, length, good)
             seconds = self._time(self.step, len(lengths) + sum(lengths))
-            self.controller.observe_step(
-                len(lengths), sum(lengths), sum(right), seconds=seconds, guessing=guessing, pure=True
-            )
+            if not considered:
+                self.controller.rest(seconds)
+            else:
+                counts = len(lengths), sum(lengths), sum(right)
+                self.controller.observe_step(*counts, seconds=seconds, guessing=guessing, pure=True)
             self.seconds += seconds + guessing
             got += len(lengths) + sum(right)
             self.lengths.append(lengths)
