@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,11 +13,11 @@ from tests.support.cuda_devices import DEVICES, make_device
 # isort: split
 
 from minipaged.model import cuda_decoder
-from minipaged.ops.cuda import memory
+from minipaged.ops.cuda import attention, memory
 from minipaged.ops.cuda.attention import PLAIN
 from minipaged.ops.cuda.inputs import input_bytes, max_tiles
 from minipaged.ops.cuda.weights import total_bytes
-from tests.support.cuda_machine import Machine
+from tests.support.cuda_machine import Machine, parity_config
 
 LENGTH = 20
 
@@ -106,6 +107,39 @@ def test_memory_is_known_beforehand(name):
     assert matrices <= total_bytes(decoder.weights) <= 1.1 * matrices  # vectors weigh more in small models
     assert memory.buffer_bytes(config, "float32", 96) == decoder.buffers.nbytes
     assert input_bytes(96, max_tiles(config, 96), 16) == decoder.inputs.nbytes
+
+
+def test_a_split_context_gives_the_same_bits(device, monkeypatch):
+    """600 keys in two chunks: a block for each and a launch that folds them, or one block for both."""
+    options = {"weights": "float16", "activations": "float16", "kv": "float16", "use_graphs": False}
+    machine = Machine(device, "llama_gqa", block_size=16, num_blocks=40, max_model_len=640, **options)
+    rng = np.random.default_rng(2)
+    memory_of_kv = machine.cache.data
+    memory_of_kv.fill(rng.standard_normal(memory_of_kv.nbytes // 2).astype("f2").view("u1").reshape(memory_of_kv.shape))
+    ids = rng.integers(0, machine.config.vocab_size, 601).astype(np.int32)
+    part = (ids, machine.blocks(601), 600, 601)
+
+    split = attention.decode_shape(machine.config, 1, 601)
+    assert split.num_chunks == 2
+    names = Counter(call.kernel.name for call in machine.decoder._plan(1, 1, split))
+    assert names["attention_reduce"] == names["attention_decode"] == machine.config.num_layers
+    (expected,) = machine.step([part])
+    monkeypatch.setattr(attention, "MAX_SPLIT_BLOCKS", 0)
+    assert attention.decode_shape(machine.config, 1, 601).num_chunks == 0
+    np.testing.assert_array_equal(machine.step([part])[0], expected)
+
+
+def test_tiles_cover_every_row_once():
+    config = parity_config("llama_gqa")
+    group = config.num_heads // config.num_kv_heads
+    lengths = np.array([1, 64, 3, 65])
+    batch = SimpleNamespace(query_start_loc=np.cumsum([0, *lengths]))
+    tiles = attention.make_tiles(config, batch, 133, decode=False)
+    for sequence, length in enumerate(lengths):
+        firsts = tiles[tiles[:, 0] == sequence, 1]
+        np.testing.assert_array_equal(firsts, np.arange(0, length * group, 64))
+    assert attention.make_tiles(config, batch, 5, decode=True).tolist() == [[i, 0] for i in range(5)]
+    assert len(tiles) <= max_tiles(config, 133)
 
 
 @pytest.mark.parametrize(
