@@ -17,8 +17,9 @@ The price is acceptance. Rejection sampling (Leviathan et al. 2023, https://arxi
 accepts a draft token drawn from q with probability 1 - TV(p, q), the best that any rule can, but its
 tokens depend on the draft's. Where draft and target sample with one common random number, as here,
 the chance lies below that (coupled draws without communication: Daliri, Musco, Suresh 2025,
-https://arxiv.org/abs/2408.07978). For greedy requests, and for a proposer that samples nothing such
-as prompt lookup, the two rules accept alike.
+https://arxiv.org/abs/2408.07978): for tiny and tiny-draft on held-out text, 0.40 instead of 0.72 at
+temperature 1, 0.54 instead of 0.68 at 0.5. For greedy requests, and for a proposer that samples
+nothing such as prompt lookup, the two rules accept alike.
 """
 
 from __future__ import annotations
