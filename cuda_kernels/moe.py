@@ -156,7 +156,7 @@ def build_sort(num_experts: int, per_token: int) -> Kernel:
         signature=(pointer(int32), pointer(int32), pointer(int32), pointer(int32), int32),
         variant={"experts": num_experts, "per_token": per_token},
         block=SORT_THREADS,
-        registers_at_most=40,
+        registers_at_most=56,
         blocks_per_sm=1,
     )
 
