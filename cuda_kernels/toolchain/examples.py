@@ -260,7 +260,8 @@ def _attention_reduce(sizes: Sizes, cc, rng) -> Example:
 
 
 def _product(sizes: Sizes, cc, rng, weight: str, **options) -> Example:
-    tokens, outputs, width = sizes.tokens, sizes.inner, sizes.hidden
+    tokens, outputs = sizes.tokens, sizes.inner
+    width = 4 * sizes.hidden if sizes is SMALL else sizes.hidden  # several turns of the loop, the last not full
     tiles = product.choose_tiles(tokens, outputs, weight)
     x = packing.to_bits("float16", _normal(rng, tokens, width))
     packed = packing.pack_fragments(weight, _normal(rng, outputs, width))
