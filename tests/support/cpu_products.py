@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minipaged.ops.cpu import features
 from minipaged.ops.cpu.packing import padded_rows, to_bfloat16
-from minipaged.ops.cpu.products_int8 import largest_activation
 
 
 def run_product(kernel, packed, x, out=None, accumulate=False, panels=None):
@@ -36,13 +34,12 @@ def run_product(kernel, packed, x, out=None, accumulate=False, panels=None):
     return out
 
 
-def quantised_rows(x, format="int4"):
-    """``(q int64 [M, K], scale float32 [M])``: the rule of quantize.py, for the format's products here."""
-    limit = np.float32(largest_activation(features.current()) if format == "int8" else 127)
+def quantised_rows(x):
+    """``(q int64 [M, K], scale float32 [M])``: the rule of quantize.py."""
     magnitude = np.abs(x).max(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = np.where(magnitude > 1e-36, limit / magnitude, np.float32(0))
-    return np.rint(x * inverse[:, None]).astype(np.int64), magnitude / limit
+        inverse = np.where(magnitude > 1e-36, np.float32(127) / magnitude, np.float32(0))
+    return np.rint(x * inverse[:, None]).astype(np.int64), magnitude / np.float32(127)
 
 
 def bfloat16_values(words):
@@ -76,7 +73,7 @@ def _element(packed, panel, lane, k):
 def expected(packed, x, rounds_x_to_bfloat16=False):
     """float64 ``x @ weight.T`` of the values that the packed weight and the prepared rows stand for."""
     if packed.format in ("int8", "int4"):
-        q, scale = quantised_rows(x, packed.format)
+        q, scale = quantised_rows(x)
         x = q * scale[:, None].astype(np.float64)
     elif packed.format == "bfloat16" and rounds_x_to_bfloat16:
         x = bfloat16_values(to_bfloat16(x))

@@ -181,6 +181,14 @@ class Emitter:
         """
         return self.call("llvm.x86.avx2.pmadd.ub.sw", self.i16, [unsigned, signed])
 
+    def abs_i8(self, a: ir.Value) -> ir.Value:
+        """Unsigned bytes ``|a|`` of signed ones: ``pabsb``; -128 becomes 128."""
+        return self.call(f"llvm.abs.v{a.type.count}i8", a.type, [a, ir.Constant(ir.IntType(1), 0)])
+
+    def sign_i8(self, a: ir.Value, sign: ir.Value) -> ir.Value:
+        """Bytes ``a``, ``-a`` or 0 as ``sign`` is positive, negative or 0: ``psignb`` (AVX2 level only)."""
+        return self.call("llvm.x86.avx2.psign.b", self.i8, [a, sign])
+
     def dot_accumulate_u8_i8(self, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
         """int32 lanes ``total + sum of u[4i+j] * s[4i+j]``, j in 0..3: ``vpdpbusd`` (needs VNNI)."""
         words = [self.bitcast(operand, self.i32) for operand in (unsigned, signed)]

@@ -8,11 +8,12 @@ x + 128 and the accumulators start at ``-128 * sum of weights``::
 
     acc[i] += u[4i]*s[4i] + u[4i+1]*s[4i+1] + u[4i+2]*s[4i+2] + u[4i+3]*s[4i+3]
 
-AVX2 multiplies unsigned by signed bytes, too, but in two steps: ``pmaddubsw`` adds pairs in 16 bits and
-saturates, ``pmaddwd`` by ones adds the two pairs of a word in 32 bits. 2 * 255 * 127 would not fit, so x
-has 7 bits here: it comes as x + 64, at most 127, and 2 * 127 * 128 fits. (Eight bits cost a third more
-time, by moving the weight's sign to x or by widening to 16 bits. On the ``tiny`` model the perplexity is
-1.0007 times that of float32 with 7 bits, and 1.0008 with 8: the weights' rounding is what counts.)
+AVX2 multiplies unsigned by signed bytes, too, in two steps, but ``pmaddubsw`` adds pairs in 16 bits and
+saturates: 2 * 255 * 127 does not fit. 2 * 127 * 127 does. So the sign of the weight moves to x::
+
+    w * x == |w| * (x with the sign of w)        |w| once for all rows of a tile (pabsb, psignb)
+
+and a second step, ``pmaddwd`` by ones, adds the two pairs of a word in 32 bits.
 
 Anything else multiplies 16-bit pairs. A word splits into its even and its odd bytes as two pairs of int16,
 with shifts that all rows of a tile share; x comes as int16 in the matching order::
@@ -32,11 +33,6 @@ from .emit import I32, Emitter
 from .products import ProductKernel
 from .quantize import prepare_integers, value_bytes
 from .tiles import PANEL, Strip, Tile, product_function, rows_of
-
-
-def largest_activation(isa: features.InstructionSet) -> int:
-    """What the largest magnitude of a row becomes: 7 bits where 8 would overflow 16-bit sums."""
-    return 63 if isa.has_avx2 and not isa.has_vnni else 127
 
 
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
@@ -90,23 +86,23 @@ def emit_pmaddwd(e: Emitter, tile: Tile) -> None:
 
 
 def emit_pmaddubsw(e: Emitter, tile: Tile) -> None:
-    """Rows of ``biased7`` bytes, by ``pmaddubsw``."""
+    """Rows of ``bytes``, by ``pmaddubsw`` on ``|w|`` and ``x`` with the sign of ``w``."""
     ones = e.constant(e.i16, 1)
 
     def one_strip(strip: Strip) -> None:
         def step(quad, totals):
             strip.prefetch(e, quad, single_row=True)
             words, result = strip.load(e, quad, e.i8), []
+            magnitudes = [e.abs_i8(word) for word in words]
             for row, sums in enumerate(rows_of(totals, tile.width)):
                 values = e.bitcast(e.load_broadcast(e.add(tile.row(e, row), e.mul(quad, 4)), I32), e.i8)
-                for total, word in zip(sums, words, strict=True):
-                    pairs = e.dot_u8_i8_saturating(values, word)
+                for i, total in enumerate(sums):
+                    pairs = e.dot_u8_i8_saturating(magnitudes[i], e.sign_i8(values, words[i]))
                     result.append(e.builder.add(total, e.dot_i16(pairs, ones)))
             return result
 
-        # w_aux is for x + 128
-        start = [e.builder.ashr(bias, e.constant(e.i32, 1)) for bias in strip.of_row(e, tile.w_aux, e.i32)]
-        scale_and_store(e, strip, e.loop(quads(e, tile), start * tile.height, step))
+        start = [e.constant(e.i32, 0)] * (tile.height * tile.width)
+        scale_and_store(e, strip, e.loop(quads(e, tile), start, step))
 
     tile.strips(e, quads(e, tile), one_strip)
 
@@ -144,7 +140,7 @@ def build(format: str) -> ProductKernel:
     if isa.has_vnni:
         emit, layout = emit_vnni, "biased"
     elif isa.has_avx2:
-        emit, layout = emit_pmaddubsw, "biased7"
+        emit, layout = emit_pmaddubsw, "bytes"
     else:
         emit, layout = emit_pmaddwd, "pairs"
     product = product_function("product-int8", tile_shapes(isa), emit, panel_bytes, scale_bytes)

@@ -2,17 +2,14 @@
 
     scale = max |x| / 127        q = rint(x / scale)        x is about scale * q, q in -127..127
 
-(63 instead of 127 in the layout ``biased7``.)
-
 A row with a NaN or an infinity gets the scale NaN, so its outputs are NaN and no other row notices.
 How the q of a row lie in memory depends on the instruction that will read them; K is padded with zeros:
 
 ======== ============================================= ==========================================
 layout   bytes of a quad of k                          read by
 ======== ============================================= ==========================================
-bytes    int8:  x0 x1 x2 x3                            ``pmaddubsw``, ``vpdpbusd`` (int4)
+bytes    int8:  x0 x1 x2 x3                            ``pmaddubsw``; ``vpdpbusd`` (int4)
 biased   uint8: x0+128 x1+128 x2+128 x3+128            ``vpdpbusd`` (int8)
-biased7  uint8: x0+64 x1+64 x2+64 x3+64                ``pmaddubsw`` (int8)
 pairs    int16: x0 x2 x1 x3                            ``pmaddwd``: even k, then odd k
 bfloat16 uint16: x0 x1 x2 x3 (K padded to pairs only)  ``vdpbf16ps``
 ======== ============================================= ==========================================
@@ -35,8 +32,8 @@ _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 @compiled
-def _set_scale(x, K, x_scale, limit):
-    """Write the scale of a row to ``x_scale``; returns what to multiply its values with, to reach ``limit``."""
+def _set_scale(x, K, x_scale):
+    """Write the scale of a row to ``x_scale``; returns what to multiply its values with."""
     bits, scale = words32(x, K), floats(x_scale, 1)
     largest = np.uint32(0)  # floats of one sign are ordered like their bits, and integers vectorise
     for k in range(K):
@@ -46,9 +43,9 @@ def _set_scale(x, K, x_scale, limit):
         return np.float32(0)
     words32(x_scale, 1)[0] = largest
     magnitude = scale[0]
-    scale[0] = magnitude / np.float32(limit)
-    # Below this, limit / magnitude overflows; such values are nothing beside any other in the model.
-    return np.float32(limit) / magnitude if magnitude > np.float32(1e-36) else np.float32(0)
+    scale[0] = magnitude / np.float32(127)
+    # Below this, 127 / magnitude overflows; such values are nothing beside any other in the model.
+    return np.float32(127) / magnitude if magnitude > np.float32(1e-36) else np.float32(0)
 
 
 @njit(inline="always")
@@ -72,15 +69,6 @@ def _biased_row(x, K, inverse, q, padded):
         out[k] = _rounded(values[k], inverse) + 128  # stored modulo 256
     for k in range(K, len(out)):
         out[k] = -128
-
-
-@compiled
-def _biased7_row(x, K, inverse, q, padded):
-    values, out = floats(x, K), bytes8(q, padded)
-    for k in range(K):
-        out[k] = _rounded(values[k], inverse) + 64
-    for k in range(K, len(out)):
-        out[k] = 64
 
 
 @compiled
@@ -132,11 +120,10 @@ def prepare_bfloat16():
     return prepare
 
 
-_LAYOUTS = {  # name -> (writes a row, looks at it, bytes of a value, largest magnitude)
-    "bytes": (_bytes_row, bytes8, 1, 127),
-    "biased": (_biased_row, bytes8, 1, 127),
-    "biased7": (_biased7_row, bytes8, 1, 63),
-    "pairs": (_pairs_row, words16, 2, 127),
+_LAYOUTS = {  # name -> (writes a row, looks at it, bytes of a value)
+    "bytes": (_bytes_row, bytes8, 1),
+    "biased": (_biased_row, bytes8, 1),
+    "pairs": (_pairs_row, words16, 2),
 }
 
 
@@ -147,14 +134,14 @@ def value_bytes(layout: str) -> int:
 
 def prepare_integers(layout: str, step: int, with_group_sums: bool):
     """Compile ``prepare`` for integer products: K is padded to ``step``, sums follow if asked for."""
-    quantise_row, view, size, limit = _LAYOUTS[layout]
+    quantise_row, view, size = _LAYOUTS[layout]
 
     @c_function(PREPARE_SIGNATURE, f"prepare-{layout}-{step}-{with_group_sums}")
     def prepare(x, x_stride, K, first_row, last_row, prepared, prepared_stride, x_scale):
         padded = (K + step - 1) // step * step
         for row in range(first_row, last_row):
             q = prepared + row * prepared_stride
-            inverse = _set_scale(x + row * x_stride, K, x_scale + 4 * row, limit)
+            inverse = _set_scale(x + row * x_stride, K, x_scale + 4 * row)
             quantise_row(x + row * x_stride, K, inverse, q, padded)
             if with_group_sums:
                 _set_group_sums(view(q, padded), q + padded * size)

@@ -38,7 +38,7 @@ def test_int8_sums_are_exact():
     """The integers are exact however long the sum; one conversion and two multiplications follow."""
     weight, x = weight_and_rows(48, 4099, 3)
     packed = pack("int8", weight)
-    q, scale = quantised_rows(x, "int8")
+    q, scale = quantised_rows(x)
     words = packed.data.transpose(0, 2, 1, 3).reshape(48, -1)[:, :4099].astype(np.int64)
     exact = (q @ words.T).astype(np.float32) * packed.scale[0] * scale[:, None]
     assert np.array_equal(run_product(product_kernel("int8"), packed, x), exact)
