@@ -20,8 +20,8 @@ class StepLogits:
     """Logits of one step, float32 ``[rows, vocab]``.
 
     ``sample_rows`` holds the row of each scheduled sequence that samples a token, in the plan's
-    order; the rows of its draft tokens follow that row. ``prompt_rows`` maps a request id to ``(first position, slice of rows)`` where the logits
-    of prompt positions were asked for.
+    order; the rows of its draft tokens follow that row. ``prompt_rows`` maps a request id to
+    ``(first position, slice of rows)`` where the logits of prompt positions were asked for.
     """
 
     logits: np.ndarray
