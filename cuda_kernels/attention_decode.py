@@ -6,7 +6,7 @@ Arguments are those of ``attention_prefill.py``, except for
     workspace   values  [n, Nkv, chunks, rows, D]   float32     (variant split) what each chunk accumulated
                 stats   [n, Nkv, chunks, rows, 2]   float32     behind it: the chunk's maximum and sum
 
-A chunk has 512 keys, eight tiles of 64, one for each warp. Values of a head come in pieces of up to 64::
+A chunk has 512 keys, eight tiles of 64, one for each warp. Values of a head come in pieces of up to 64 (32)::
 
     grid (n, Nkv)                 one block walks along the chunks
     grid (n, Nkv, chunks) split   one block a chunk; attention_reduce.py folds what they leave in workspace
@@ -64,7 +64,8 @@ def build(
     workspace, max_blocks, window, scale)``; scales, and ``workspace`` where nothing needs it, may be anything.
     """
     group, rows = num_heads // num_kv_heads, tile_rows(num_heads, num_kv_heads)
-    functions = tile_functions(num_kv_heads, group, head_dim, block_size, soft_cap, dtype, kv_dtype, cc)
+    widest = 8 if rows == 8 else 4  # pieces of 16 rows would fill shared memory
+    functions = tile_functions(num_kv_heads, group, head_dim, block_size, soft_cap, dtype, kv_dtype, cc, widest)
     find_keys, load_queries, score = functions.find_keys, functions.load_queries, functions.score
     softmax, weigh, store = functions.softmax, functions.weigh, storer(dtype)
     query_words, width, blocks = functions.query_words, functions.value_width, functions.value_blocks

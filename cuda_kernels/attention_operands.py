@@ -1,7 +1,8 @@
 """Loads of K and V for the tensor cores: a few neighbouring values of a head, as pairs of 16-bit floats.
 
-int8 becomes float16 or bfloat16 in registers: exactly for K, whose scale multiplies the scores; V is
-multiplied by its scale first. The functions fill a lane's own array ``words`` of uint32.
+int8 becomes float16 or bfloat16 in registers: exactly for K, whose scale multiplies the scores, and for V in
+bfloat16, whose scale multiplies the weights; V in float16 is multiplied by its scale first. The functions fill a
+lane's own array ``words`` of uint32.
 """
 
 from __future__ import annotations

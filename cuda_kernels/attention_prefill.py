@@ -59,7 +59,7 @@ def build(
     """
     group = num_heads // num_kv_heads
     parts = head_parts(head_dim, kv_dtype)
-    most = 8 if head_dim <= 64 else 4  # the accumulators of a longer head leave few registers
+    most = 8 if head_dim <= 64 else 4 if head_dim <= 128 else 2  # accumulators leave a longer head few registers
     widest = next(width for width in (8, 4, 2, 1) if width <= most and head_dim // parts % (8 * width) == 0)
     functions = tile_functions(num_kv_heads, group, head_dim, block_size, soft_cap, dtype, kv_dtype, cc, widest)
     find_keys, load_queries, score = functions.find_keys, functions.load_queries, functions.score

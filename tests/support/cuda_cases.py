@@ -46,12 +46,12 @@ def empty(shape, dtype: str) -> np.ndarray:
     return encode(np.full(shape, np.nan, np.float32), dtype)
 
 
-def assert_close(stored: np.ndarray, expected: np.ndarray, dtype: str) -> None:
-    """Each value within the tolerance of ``dtype``, relative to the largest of its row, plus its own rounding."""
+def assert_close(stored: np.ndarray, expected: np.ndarray, dtype: str, factor: float = 1.0) -> None:
+    """Each value within ``factor`` times the tolerance of ``dtype``, relative to its row's largest, plus rounding."""
     found = decode(stored, dtype)
     expected = np.asarray(expected, np.float32)
     scale = np.abs(expected).max(axis=-1, keepdims=True, initial=1e-30)
-    limit = TOLERANCE[dtype] * scale + 1.01 * ULP[dtype] * np.abs(expected)
+    limit = factor * TOLERANCE[dtype] * scale + 1.01 * ULP[dtype] * np.abs(expected)
     wrong = ~(np.abs(found - expected) <= limit)
     assert not wrong.any(), (
         f"{wrong.sum()} of {wrong.size} values differ, first at {np.argwhere(wrong)[0]}: "
