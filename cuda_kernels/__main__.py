@@ -98,7 +98,8 @@ def _sass(names, options) -> int:
 def _predict(names, options) -> int:
     from cuda_kernels.toolchain.profile import prediction_table
 
-    print(prediction_table(names, cc=options.cc))
+    for line in prediction_table(names, cc=options.cc):
+        print(line, flush=True)
     return 0
 
 

@@ -5,8 +5,8 @@ Everything that ties a kernel to the compiler stands here: vector loads and stor
 plain Python for the simulator (``toolchain/simulator_intrinsics.py``).
 
 ``pointer`` below is a flat pointer or a one-dimensional array, and ``index`` counts its elements, whatever
-their type; an access of N bytes must be aligned to N bytes. 16-bit floats travel as ``uint16``, pairs of them
-as ``uint32`` with the first one in the low half.
+their type; an access of N bytes must be aligned to N bytes, for which a shared array needs ``alignment=16``.
+16-bit floats travel as ``uint16``, pairs of them as ``uint32`` with the first one in the low half.
 """
 
 from __future__ import annotations

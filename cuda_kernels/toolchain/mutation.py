@@ -72,10 +72,11 @@ def mutants(ptx: str, sorts: tuple[str, ...] = ("order", "guard")) -> Iterator[M
 
 def _instructions_of_lines(ptx: str, lines: list[str]) -> dict[int, int]:
     """For each line that holds an instruction, the number of its first one in the program."""
-    found, at = {}, 0
+    found, at, column = {}, 0, 0
     for instruction in parse(ptx).instructions:
-        while instruction.text not in re.sub(r"\s+", " ", lines[at]):
-            at += 1
+        while (start := re.sub(r"\s+", " ", lines[at]).find(instruction.text, column)) < 0:
+            at, column = at + 1, 0
+        column = start + len(instruction.text)
         found.setdefault(at, instruction.index)
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cuda_kernels.toolchain.compile import compile_ptx
@@ -126,19 +127,16 @@ def draw(result: Profile, path: str) -> None:
     pyplot.close(figure)
 
 
-def prediction_table(names=tuple(EXAMPLES), sizes: Sizes = SMOLLM2, cc: tuple[int, int] = (8, 0)) -> str:
+def prediction_table(names=tuple(EXAMPLES), sizes: Sizes = SMOLLM2, cc: tuple[int, int] = (8, 0)) -> Iterator[str]:
     """For each kernel that memory bounds, bytes and predicted microseconds: one decode step of SmolLM2-135M."""
     cards = " ".join(f"{card + ' us':>8}" for card in BANDWIDTH)
-    lines = [
-        "predicted, not measured: bytes moved in the interpreter over 85% of the data sheet's bandwidth, 2 us a launch",
-        f"{'kernel':<24} {'must move':>13} {'moves':>13}  {cards}",
-    ]
+    yield "predicted, not measured: bytes moved, interpreted, over 85% of the data sheet's bandwidth; 2 us a launch"
+    yield f"{'kernel':<24} {'must move':>13} {'moves':>13}  {cards}"
     for name in names:
         if example(name, SMALL).must_move is not None:
             result = profile(name, cc, sizes)
             times = " ".join(f"{1e6 * predicted_seconds(result.moved, card):>8.1f}" for card in BANDWIDTH)
-            lines.append(f"{name:<24} {_bytes(result.subject.must_move):>13} {_bytes(result.moved):>13}  {times}")
-    return "\n".join(lines)
+            yield f"{name:<24} {_bytes(result.subject.must_move):>13} {_bytes(result.moved):>13}  {times}"
 
 
 def ptx_of(name: str, cc: tuple[int, int], sizes: Sizes = SMOLLM2) -> str:

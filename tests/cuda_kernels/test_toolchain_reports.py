@@ -106,7 +106,10 @@ def test_examples_run_on_the_oldest_card(name):
     assert counters.instructions and counters.store.bytes
 
 
-@pytest.mark.parametrize("name", ["product_float16", "product_int8", "product_int4", "attention_decode"])
+@pytest.mark.parametrize(
+    "name",
+    ["product_float16", "product_int8", "product_int4", pytest.param("attention_decode", marks=pytest.mark.slow)],
+)
 def test_decode_moves_hardly_more_than_it_must(name):
     """Of the weight and of K and V every byte moves once, in whole sectors."""
     result = profile(name, (8, 0))
