@@ -13,7 +13,7 @@ from minipaged.model.config import ModelConfig
 
 log = logging.getLogger("minipaged")
 
-CPU_DEFAULT_WEIGHTS = "int8"
+CPU_DEFAULT_WEIGHTS = "bfloat16"
 """What the cpu backend's ``dtype="auto"`` means without ``quantization``."""
 
 

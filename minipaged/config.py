@@ -35,7 +35,7 @@ class EngineConfig:
         device: ``"reference"`` (NumPy), ``"cpu"``, ``"cuda"`` or ``"auto"`` (the fastest that works).
         dtype: precision of weights and activations; ``"float32"`` without ``quantization`` makes
             everything float32; ``"auto"`` is what loses no visible quality on the device: float32 on
-            ``"reference"``, int8 weights on ``"cpu"``, 16-bit floats on ``"cuda"``.
+            ``"reference"``, bfloat16 weights on ``"cpu"``, 16-bit floats on ``"cuda"``.
         quantization: ``None``, ``"int8"`` or ``"int4"``; weights only.
         kv_cache_dtype: precision of the KV cache; ``"auto"``: float32 with ``dtype="float32"`` and on
             ``"reference"``, else bfloat16.
