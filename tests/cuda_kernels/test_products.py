@@ -97,7 +97,9 @@ def test_agrees_with_the_reference(x, weight, cc):
         check(got, linear(as_float32(x, x_bits), values, bias[:num_outputs]), 1e-5)
 
 
-@pytest.mark.parametrize("weight", ["float16", "int8", "int4"])
+@pytest.mark.parametrize(
+    "weight", ["int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float16", "int8"))]
+)
 def test_a_row_has_the_same_bits_with_any_tiles_and_company(weight):
     x_bits, packed, _ = random_case(np.random.default_rng(21), "float16", weight, 37, 130, 200)
     alone = [multiply("float16", weight, x_bits[i : i + 1], packed, 130, cc=(8, 0))[0] for i in (0, 17, 36)]

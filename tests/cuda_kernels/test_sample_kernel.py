@@ -58,7 +58,9 @@ PARAMS = [
 ]
 
 
-@pytest.mark.parametrize("vocab_size, cc", [(1, (8, 0)), (37, (7, 5)), (1500, (8, 0))])
+@pytest.mark.parametrize(
+    "vocab_size, cc", [pytest.param(1, (8, 0), marks=pytest.mark.slow), (37, (7, 5)), (1500, (8, 0))]
+)
 def test_draws_what_the_host_draws(vocab_size, cc):
     rng = np.random.default_rng(30)
     params = [each | {"seed": None} for each in PARAMS] * 2

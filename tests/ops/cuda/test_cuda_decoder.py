@@ -146,7 +146,10 @@ def test_tiles_cover_every_row_once():
     "name, formats",
     [
         ("llama_gqa", {}),
-        ("mistral_window", {"weights": "bfloat16", "activations": "bfloat16", "kv": "bfloat16"}),
+        pytest.param(
+            *("mistral_window", {"weights": "bfloat16", "activations": "bfloat16", "kv": "bfloat16"}),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *("qwen3_moe_dense_layer", {"weights": "int8", "activations": "float16", "kv": "int8"}),
             marks=pytest.mark.slow,
