@@ -124,6 +124,7 @@ def test_nan_stays_in_its_sequence():
         np.testing.assert_array_equal(found[2], expected[2])
 
 
+@pytest.mark.slow
 def test_decode_moves_each_key_and_value_once():
     """The bytes of K and V in full sectors, at most 1.05 times what the context holds."""
     for kv_dtype, item in (("float16", 2), ("int8", 1)):

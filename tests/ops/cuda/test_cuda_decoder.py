@@ -109,6 +109,7 @@ def test_memory_is_known_beforehand(name):
     assert input_bytes(96, max_tiles(config, 96), 16) == decoder.inputs.nbytes
 
 
+@pytest.mark.slow
 def test_a_split_context_gives_the_same_bits(device, monkeypatch):
     """600 keys in two chunks: a block for each and a launch that folds them, or one block for both."""
     options = {"weights": "float16", "activations": "float16", "kv": "float16", "use_graphs": False}
