@@ -1,4 +1,4 @@
-"""Integer, float and logical instructions on the registers of all threads.
+"""Integer, float, comparing and choosing instructions on the registers of all threads.
 
 A binder looks up its operands once and returns a function of the mask; most are a NumPy ufunc that writes into
 the destination register directly. Results are those that the PTX ISA defines; ``.approx`` instructions return
@@ -12,7 +12,7 @@ import numpy as np
 from cuda_kernels.toolchain.interpreter.program import Instruction, PTXError
 
 
-def _assign(machine, instruction: Instruction, function, type_: str | None = None):
+def assign(machine, instruction: Instruction, function, type_: str | None = None):
     """``destination = function()`` where the mask says so."""
     target = machine.destination(instruction.operands[0], type_ or instruction.type)
     saturate = instruction.has("sat") and (type_ or instruction.type)[0] == "f"
@@ -32,7 +32,7 @@ def _ufunc(operation, count: int = 2):
     def bind(machine, instruction):
         operands = machine.sources(instruction, *range(1, count + 1))
         if instruction.has("sat"):
-            return _assign(machine, instruction, lambda: operation(*operands))
+            return assign(machine, instruction, lambda: operation(*operands))
         target = machine.destination(instruction.operands[0], instruction.type)
         return lambda mask: operation(*operands, out=target, where=mask)
 
@@ -46,7 +46,7 @@ def _predicate_logic(operation, bind_integers):
         if instruction.type != "pred":
             return bind_integers(machine, instruction)
         operands = [machine.predicate(operand) for operand in instruction.operands[1:]]
-        return _assign(machine, instruction, lambda: operation(*(operand() for operand in operands)))
+        return assign(machine, instruction, lambda: operation(*(operand() for operand in operands)))
 
     return bind
 
@@ -117,7 +117,7 @@ def bind_mul(machine, instruction: Instruction):
     if instruction.type[0] == "f" or instruction.has("lo"):
         return _ufunc(np.multiply)(machine, instruction)
     a, b = machine.sources(instruction, 1, 2)
-    return _assign(machine, instruction, lambda: _product(instruction, a, b), _result_type(instruction))
+    return assign(machine, instruction, lambda: _product(instruction, a, b), _result_type(instruction))
 
 
 def bind_mad(machine, instruction: Instruction):
@@ -131,7 +131,7 @@ def bind_mad(machine, instruction: Instruction):
         operands = lambda: (_product(instruction, a, b).view(c.dtype), c)  # noqa: E731
         return _add_with_carry(machine, instruction, operands, carry_in, carry_out)
     c = machine.source(instruction.operands[3], type_)
-    return _assign(machine, instruction, lambda: _product(instruction, a, b) + c, type_)
+    return assign(machine, instruction, lambda: _product(instruction, a, b) + c, type_)
 
 
 def _fused(a, b, c) -> np.ndarray:
@@ -162,12 +162,12 @@ def bind_fma(machine, instruction: Instruction):
     a, b, c = machine.sources(instruction, 1, 2, 3)
     if instruction.type == "f64":
         wide = np.longdouble
-        return _assign(
+        return assign(
             machine, instruction, lambda: (a.astype(wide) * b.astype(wide) + c.astype(wide)).astype(np.float64)
         )
     if instruction.has("rn"):
-        return _assign(machine, instruction, lambda: _fused(a, b, c))
-    return _assign(machine, instruction, lambda: _directed(instruction, a, b, c))
+        return assign(machine, instruction, lambda: _fused(a, b, c))
+    return assign(machine, instruction, lambda: _directed(instruction, a, b, c))
 
 
 def _directed(instruction: Instruction, a, b, c) -> np.ndarray:
@@ -197,163 +197,12 @@ def bind_div(machine, instruction: Instruction):
     if instruction.type[0] == "f":
         return _ufunc(np.divide)(machine, instruction)
     a, b = machine.sources(instruction, 1, 2)
-    return _assign(machine, instruction, lambda: _truncated_quotient(a, b))
+    return assign(machine, instruction, lambda: _truncated_quotient(a, b))
 
 
 def bind_rem(machine, instruction: Instruction):
     a, b = machine.sources(instruction, 1, 2)
-    return _assign(machine, instruction, lambda: a - _truncated_quotient(a, b) * b)
-
-
-# Bits
-
-
-def bind_shift(machine, instruction: Instruction):
-    """Shifts by the type's width or more give zeros or, of a signed number to the right, its sign."""
-    (a,) = machine.sources(instruction, 1)
-    count = machine.source(instruction.operands[2], "u32")
-    width = 8 * a.dtype.itemsize
-    left = instruction.opcode == "shl"
-
-    def shift():
-        limited = np.minimum(count, width - 1).astype(a.dtype)
-        result = a << limited if left else a >> limited
-        return result if not left and a.dtype.kind == "i" else np.where(count >= width, a.dtype.type(0), result)
-
-    return _assign(machine, instruction, shift)
-
-
-def bind_funnel_shift(machine, instruction: Instruction):
-    low, high, count = (machine.source(operand, "u32") for operand in instruction.operands[1:4])
-    left, clamp = instruction.has("l"), instruction.has("clamp")
-
-    def shift():
-        both = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64)
-        by = (np.minimum(count, 32) if clamp else count & 31).astype(np.uint64)
-        return (both << by) >> np.uint64(32) if left else both >> by
-
-    return _assign(machine, instruction, shift)
-
-
-def bind_bit_field_extract(machine, instruction: Instruction):
-    (a,) = machine.sources(instruction, 1)
-    position, length = (machine.source(operand, "u32") for operand in instruction.operands[2:4])
-
-    def extract():
-        start, size = (np.int64(x) if np.ndim(x) == 0 else x.astype(np.int64) for x in (position & 255, length & 255))
-        signed = a.dtype.kind == "i"
-        bits = a.astype(np.int64).view(np.uint64) if a.dtype.itemsize < 8 else a.view(np.uint64)
-        ones = np.where(size >= 64, ~np.uint64(0), (np.uint64(1) << np.minimum(size, 63).astype(np.uint64)) - 1)
-        ones = ones.astype(np.uint64)
-        field = (bits >> np.minimum(start, 63).astype(np.uint64)) & ones
-        if signed:
-            sign = field >> np.maximum(size - 1, 0).astype(np.uint64) & np.uint64(1)
-            field = np.where((sign == 1) & (size > 0), field | ~ones, field)
-        return field.astype(a.dtype)
-
-    return _assign(machine, instruction, extract)
-
-
-def bind_bit_field_insert(machine, instruction: Instruction):
-    unsigned = instruction.type.replace("b", "u")
-    field, into = (machine.source(operand, unsigned) for operand in instruction.operands[1:3])
-    position, length = (machine.source(operand, "u32") for operand in instruction.operands[3:5])
-
-    def insert():
-        dtype = into.dtype.type
-        size = np.minimum(length & 255, 8 * into.dtype.itemsize - 1).astype(into.dtype)
-        start = (position & 255).astype(into.dtype)
-        ones = ((dtype(1) << size) - dtype(1)) << start
-        return (into & ~ones) | ((field << start) & ones)
-
-    return _assign(machine, instruction, insert)
-
-
-def bind_byte_permute(machine, instruction: Instruction):
-    """``prmt``: nibble k of the selector names byte k of the result; its top bit asks for the sign alone."""
-    low, high, selector = (machine.source(operand, "u32") for operand in instruction.operands[1:4])
-    if len(instruction.modifiers) > 1:
-        raise PTXError(f"the interpreter does not know: {instruction.text}")
-
-    def permute():
-        both = (high.astype(np.uint64) << np.uint64(32)) | low.astype(np.uint64)
-        result = np.uint32(0)
-        for number in range(4):
-            nibble = (selector >> np.uint32(4 * number)) & np.uint32(15)
-            byte = (both >> ((nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8))).astype(np.uint32) & 255
-            sign = np.where(byte & 128, np.uint32(255), np.uint32(0))
-            result = result | np.where(nibble & 8, sign, byte).astype(np.uint32) << np.uint32(8 * number)
-        return result
-
-    return _assign(machine, instruction, permute)
-
-
-def bind_lop3(machine, instruction: Instruction):
-    """Any function of three bits: bit ``4a + 2b + c`` of the table is its value."""
-    a, b, c = (machine.source(operand, "u32") for operand in instruction.operands[1:4])
-    table = int(instruction.operands[4], 0)
-
-    def look_up():
-        result = np.uint32(0)
-        for row in range(8):
-            if table >> row & 1:
-                result = result | (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
-        return result
-
-    return _assign(machine, instruction, look_up)
-
-
-def _bit_length(a) -> np.ndarray:
-    """How many bits an unsigned integer needs."""
-    length = np.zeros(np.shape(a), np.uint32)
-    rest = np.array(a)
-    for step in (32, 16, 8, 4, 2, 1):
-        if step >= 8 * rest.dtype.itemsize:
-            continue
-        large = rest >> rest.dtype.type(step) != 0
-        length += np.uint32(step) * large
-        rest = np.where(large, rest >> rest.dtype.type(step), rest)
-    return length + (rest != 0)
-
-
-def bind_count_leading_zeros(machine, instruction: Instruction):
-    (a,) = machine.sources(instruction, 1)
-    return _assign(machine, instruction, lambda: 8 * a.dtype.itemsize - _bit_length(a), "u32")
-
-
-def bind_find_highest_bit(machine, instruction: Instruction):
-    """``bfind``: of a negative number the highest zero; all ones where there is none."""
-    (a,) = machine.sources(instruction, 1)
-    unsigned = np.dtype(f"u{a.dtype.itemsize}")
-
-    def find():
-        bits = (np.where(a < 0, ~a, a) if a.dtype.kind == "i" else a).astype(unsigned)
-        highest = _bit_length(bits).astype(np.int64) - 1
-        if instruction.has("shiftamt"):
-            highest = np.where(highest >= 0, 8 * a.dtype.itemsize - 1 - highest, -1)
-        return highest.astype(np.uint32)
-
-    return _assign(machine, instruction, find, "u32")
-
-
-def bind_count_bits(machine, instruction: Instruction):
-    (a,) = machine.sources(instruction, 1)
-
-    def count():
-        as_bytes = np.ascontiguousarray(a).reshape(-1, 1).view(np.uint8)
-        return np.unpackbits(as_bytes, axis=1).sum(1, dtype=np.uint32)
-
-    return _assign(machine, instruction, count, "u32")
-
-
-def bind_reverse_bits(machine, instruction: Instruction):
-    (a,) = machine.sources(instruction, 1)
-
-    def reverse():
-        as_bytes = np.ascontiguousarray(a).reshape(-1, 1).view(np.uint8)
-        return np.packbits(np.unpackbits(as_bytes, axis=1)[:, ::-1], axis=1).view(a.dtype)[:, 0]
-
-    return _assign(machine, instruction, reverse)
+    return assign(machine, instruction, lambda: a - _truncated_quotient(a, b) * b)
 
 
 # Floats
@@ -374,7 +223,7 @@ def _float_function(function):
             result = function(x).astype(a.dtype)
             return np.where(np.abs(result) < tiny, np.copysign(a.dtype.type(0), result), result) if flush else result
 
-        return _assign(machine, instruction, evaluate)
+        return assign(machine, instruction, evaluate)
 
     return bind
 
@@ -394,12 +243,12 @@ def bind_test_property(machine, instruction: Instruction):
     (a,) = machine.sources(instruction, 1)
     tests = {"infinite": np.isinf, "finite": np.isfinite, "notanumber": np.isnan, "number": lambda x: ~np.isnan(x)}
     test = tests[instruction.modifiers[0]]
-    return _assign(machine, instruction, lambda: test(a), "pred")
+    return assign(machine, instruction, lambda: test(a), "pred")
 
 
 def bind_copy_sign(machine, instruction: Instruction):
     sign, value = machine.sources(instruction, 1, 2)
-    return _assign(machine, instruction, lambda: np.copysign(value, sign))
+    return assign(machine, instruction, lambda: np.copysign(value, sign))
 
 
 # Comparisons and choices
@@ -461,14 +310,14 @@ def bind_select(machine, instruction: Instruction):
         machine.counters.taken[instruction.index] += np.count_nonzero(chosen & machine.active)
         return np.where(chosen, a, b)
 
-    return _assign(machine, instruction, select)
+    return assign(machine, instruction, select)
 
 
 def bind_select_by_sign(machine, instruction: Instruction):
     type_ = instruction.modifiers[-2]
     a, b = (machine.source(operand, type_) for operand in instruction.operands[1:3])
     (sign,) = machine.sources(instruction, 3)
-    return _assign(machine, instruction, lambda: np.where(sign >= 0, a, b), type_)
+    return assign(machine, instruction, lambda: np.where(sign >= 0, a, b), type_)
 
 
 BINDERS = {
@@ -489,17 +338,6 @@ BINDERS = {
     "or": _predicate_logic(np.logical_or, _ufunc(np.bitwise_or)),
     "xor": _predicate_logic(np.logical_xor, _ufunc(np.bitwise_xor)),
     "not": _predicate_logic(np.logical_not, _ufunc(np.invert, 1)),
-    "shl": bind_shift,
-    "shr": bind_shift,
-    "shf": bind_funnel_shift,
-    "bfe": bind_bit_field_extract,
-    "bfi": bind_bit_field_insert,
-    "prmt": bind_byte_permute,
-    "lop3": bind_lop3,
-    "popc": bind_count_bits,
-    "clz": bind_count_leading_zeros,
-    "bfind": bind_find_highest_bit,
-    "brev": bind_reverse_bits,
     "ex2": _float_function(np.exp2),
     "lg2": _float_function(np.log2),
     "rcp": _float_function(lambda x: 1 / x),

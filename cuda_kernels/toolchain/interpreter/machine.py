@@ -12,7 +12,14 @@ import re
 
 import numpy as np
 
-from cuda_kernels.toolchain.interpreter import arithmetic, conversions, memory_access, warp_operations
+from cuda_kernels.toolchain.interpreter import (
+    arithmetic,
+    async_copy,
+    bits,
+    conversions,
+    memory_access,
+    warp_operations,
+)
 from cuda_kernels.toolchain.interpreter.counters import Counters
 from cuda_kernels.toolchain.interpreter.faults import Clock, KernelFault
 from cuda_kernels.toolchain.interpreter.program import DTYPES, Instruction, Program, PTXError
@@ -20,7 +27,9 @@ from cuda_kernels.toolchain.interpreter.program import DTYPES, Instruction, Prog
 WARP = 32
 RUNS, AT_BARRIER, AT_WARP_OPERATION = 0, 1, 2
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
-_BINDERS = {**arithmetic.BINDERS, **conversions.BINDERS, **memory_access.BINDERS}
+_BINDERS = {}
+for _module in (arithmetic, bits, conversions, memory_access, async_copy):
+    _BINDERS |= _module.BINDERS
 _CONTROL = {"bra", "ret", "exit", "trap", "bar", "barrier", *warp_operations.OPERATIONS}
 MAX_STEPS = 2_000_000  # basic blocks; no kernel that ends comes near
 

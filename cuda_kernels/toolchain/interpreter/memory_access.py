@@ -1,4 +1,4 @@
-"""Loads, stores, asynchronous copies and atomics, with every check on the way to the bytes."""
+"""Loads, stores and atomics, with every check on the way to the bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from cuda_kernels.toolchain.interpreter.counters import count_sectors, count_wavefronts
 from cuda_kernels.toolchain.interpreter.faults import KernelFault, Shadow
-from cuda_kernels.toolchain.interpreter.program import DTYPES, Instruction, Program, PTXError
+from cuda_kernels.toolchain.interpreter.program import DTYPES, Instruction, Program
 from cuda_kernels.toolchain.memory import LOCAL_WINDOW, OFFSET_BITS, SHARED_WINDOW, DeviceMemoryError
 
 _WINDOWS = {SHARED_WINDOW >> OFFSET_BITS: "shared", LOCAL_WINDOW >> OFFSET_BITS: "local"}
@@ -39,7 +39,7 @@ class SharedMemory:
         self.base = np.arange(machine.num_threads) // machine.padded * self.stride
         self.shift = granule_shift(program, "shared")
         self.checks = machine.checks and self.limit > 0
-        self.copies: list[_Copy] = []
+        self.copies: list = []  # those under way: see async_copy.py
 
     def reset(self) -> None:
         self.data[...] = 0xFF
@@ -225,7 +225,7 @@ def _elements(memory, dtype: np.dtype) -> np.ndarray:
     return memory.data[: memory.data.size // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
-def _lanes_and_addresses(machine, mask, address):
+def lanes_and_addresses(machine, mask, address):
     lanes = machine.lanes(mask)
     addresses = address()[lanes]
     return (np.arange(machine.num_threads) if isinstance(lanes, slice) else lanes), addresses
@@ -247,7 +247,7 @@ def bind_load(machine, instruction: Instruction):
     accessor = Accessor(machine, instruction, instruction.space, instruction.access_bytes, writes=False)
 
     def load(mask):
-        lanes, addresses = _lanes_and_addresses(machine, mask, address)
+        lanes, addresses = lanes_and_addresses(machine, mask, address)
         for access in accessor.accesses(lanes, addresses):
             elements, first = _elements(access.memory, dtype), access.offsets // dtype.itemsize
             for number, target in enumerate(targets):
@@ -263,7 +263,7 @@ def bind_store(machine, instruction: Instruction):
     accessor = Accessor(machine, instruction, instruction.space, instruction.access_bytes, writes=True)
 
     def store(mask):
-        lanes, addresses = _lanes_and_addresses(machine, mask, address)
+        lanes, addresses = lanes_and_addresses(machine, mask, address)
         for access in accessor.accesses(lanes, addresses):
             elements, first = _elements(access.memory, dtype), access.offsets // dtype.itemsize
             for number, value in enumerate(values):
@@ -291,104 +291,6 @@ def _mark_written(access: _Access, num_bytes: int) -> None:
             flags[at] = _ALL_WRITTEN[flags.itemsize]
 
 
-@dataclass
-class _Copy:
-    """A ``cp.async`` that is under way: the bytes arrive when its group is waited for."""
-
-    lanes: np.ndarray
-    group: np.ndarray
-    offsets: np.ndarray
-    data: np.ndarray  # uint8 [lanes, bytes]
-
-
-def bind_copy(machine, instruction: Instruction):
-    """``cp.async``: its bytes arrive only at the wait, so that what a kernel forgot to wait for stays missing."""
-    if instruction.has("commit_group"):
-        return _bind_commit(machine)
-    if instruction.has("wait_group") or instruction.has("wait_all"):
-        return _bind_wait(machine, instruction)
-    if not instruction.has("async") or instruction.has("bulk"):
-        raise PTXError(f"the interpreter does not know: {instruction.text}")
-    num_bytes = instruction.access_bytes
-    destination = machine.address(instruction.operands[0])
-    source = machine.address(instruction.operands[1])
-    asked = machine.broadcast(instruction.operands[3] if len(instruction.operands) > 3 else str(num_bytes), "u32")
-    writer = Accessor(machine, instruction, "shared", num_bytes, writes=True)
-    readers = {size: Accessor(machine, instruction, "global", size, writes=False) for size in range(1, num_bytes + 1)}
-
-    def copy(mask):
-        lanes, targets = _lanes_and_addresses(machine, mask, destination)
-        addresses, sizes = source()[lanes], asked[lanes]
-        data = np.zeros((machine.num_threads, num_bytes), np.uint8)
-        for size in np.unique(sizes).tolist():
-            if size > num_bytes:
-                lane = lanes[np.flatnonzero(sizes == size)[0]]
-                raise readers[num_bytes].fault("out of bounds", lane, f"with {size} bytes asked for")
-            if size:
-                _read_bytes(readers[size], lanes[sizes == size], addresses[sizes == size], num_bytes, data)
-        (access,) = writer.accesses(lanes, targets)
-        if machine.checks:
-            machine.counters.bytes[instruction.index] -= lanes.size * num_bytes  # counted as read already
-        if machine.shared.shadow is not None:
-            machine.shared.shadow.copy_under_way[machine.shared.shadow.granules(access.offsets, num_bytes)[0]] = True
-        machine.shared.copies.append(_Copy(lanes, machine.copy_group[lanes], access.offsets, data[lanes]))
-
-    return copy
-
-
-def _read_bytes(reader: Accessor, lanes, addresses, num_bytes: int, data: np.ndarray) -> None:
-    """The first bytes of a copy, which may be fewer than those whose alignment counts."""
-    if (addresses & (num_bytes - 1)).any():
-        at = np.flatnonzero(addresses & (num_bytes - 1))[0]
-        raise reader.fault("misaligned", lanes[at], f"at {hex(addresses[at])}, for a copy of {num_bytes}")
-    size = reader.num_bytes
-    aligned = size & -size  # the largest power of two that divides the size: its pieces are aligned
-    reader.num_bytes = aligned
-    try:
-        for start in range(0, size, aligned):
-            for access in reader.accesses(lanes, addresses + start):
-                for byte in range(aligned):
-                    data[access.lanes, start + byte] = access.memory.data[access.offsets + byte]
-    finally:
-        reader.num_bytes = size
-
-
-def _bind_commit(machine):
-    def commit(mask):
-        machine.copy_group[machine.lanes(mask)] += 1
-
-    return commit
-
-
-def _bind_wait(machine, instruction: Instruction):
-    newest = int(instruction.operands[0]) if instruction.has("wait_group") else -1
-
-    def wait(mask):
-        waits = machine.all_of(mask)
-        shared, still = machine.shared, []
-        for copy in shared.copies:
-            arrived = waits[copy.lanes] & (copy.group < machine.copy_group[copy.lanes] - newest)
-            if arrived.any():
-                _arrive(machine, copy, arrived)
-            if not arrived.all():
-                left = ~arrived
-                still.append(_Copy(copy.lanes[left], copy.group[left], copy.offsets[left], copy.data[left]))
-        shared.copies = still
-
-    return wait
-
-
-def _arrive(machine, copy: _Copy, arrived: np.ndarray) -> None:
-    shared, offsets, lanes = machine.shared, copy.offsets[arrived], copy.lanes[arrived]
-    num_bytes = copy.data.shape[1]
-    for byte in range(num_bytes):
-        shared.data[offsets + byte] = copy.data[arrived, byte]
-    if shared.shadow is not None:
-        at, count = shared.shadow.granules(offsets, num_bytes)
-        shared.shadow.copy_under_way[at] = False
-        shared.shadow.write(machine.clock, np.repeat(lanes, count), at)  # it counts as written now
-
-
 _ATOMIC = {
     "add": lambda old, value: old + value,
     "min": min,
@@ -414,7 +316,7 @@ def bind_atomic(machine, instruction: Instruction):
     combine = None if instruction.has("cas") else next(_ATOMIC[m] for m in instruction.modifiers if m in _ATOMIC)
 
     def update(mask):
-        lanes, addresses = _lanes_and_addresses(machine, mask, address)
+        lanes, addresses = lanes_and_addresses(machine, mask, address)
         for access in accessor.resolve(lanes, addresses):
             if machine.checks:
                 accessor.count(access)
@@ -450,7 +352,6 @@ def bind_address_conversion(machine, instruction: Instruction):
 BINDERS = {
     "ld": bind_load,
     "st": bind_store,
-    "cp": bind_copy,
     "atom": bind_atomic,
     "red": bind_atomic,
     "cvta": bind_address_conversion,
