@@ -15,12 +15,8 @@ from cuda_kernels.warp import FULL
 
 
 @cuda.jit(device=True)
-def block_sum_f64(value, shared):
-    """The sum of a float64: butterflies in the warps, then the warps in their order."""
-    offset = 16
-    while offset > 0:
-        value += cuda.shfl_xor_sync(FULL, value, offset)
-        offset //= 2
+def _sum_of_warps(value, shared):
+    """The sum of one value of each warp, the warps in their order."""
     if cuda.threadIdx.x % WARP == 0:
         shared[cuda.threadIdx.x // WARP] = value
     cuda.syncthreads()
@@ -32,17 +28,20 @@ def block_sum_f64(value, shared):
 
 
 @cuda.jit(device=True)
+def block_sum_f64(value, shared):
+    """The sum of a float64: butterflies in the warps, then the warps in their order."""
+    offset = 16
+    while offset > 0:
+        value += cuda.shfl_xor_sync(FULL, value, offset)
+        offset //= 2
+    return _sum_of_warps(value, shared)
+
+
+@cuda.jit(device=True)
 def block_count(condition, shared):
     """How many threads' ``condition`` holds."""
     count = int32(cuda.popc(uint32(cuda.ballot_sync(FULL, condition))))
-    if cuda.threadIdx.x % WARP == 0:
-        shared[cuda.threadIdx.x // WARP] = count
-    cuda.syncthreads()
-    total = shared[0]
-    for warp in range(1, cuda.blockDim.x // WARP):
-        total += shared[warp]
-    cuda.syncthreads()
-    return total
+    return _sum_of_warps(count, shared)
 
 
 @cuda.jit(device=True)
@@ -52,14 +51,7 @@ def block_sum_i32(value, shared):
     while offset > 0:
         value = int32(value + cuda.shfl_xor_sync(FULL, value, offset))
         offset //= 2
-    if cuda.threadIdx.x % WARP == 0:
-        shared[cuda.threadIdx.x // WARP] = value
-    cuda.syncthreads()
-    total = shared[0]
-    for warp in range(1, cuda.blockDim.x // WARP):
-        total += shared[warp]
-    cuda.syncthreads()
-    return total
+    return _sum_of_warps(value, shared)
 
 
 @cuda.jit(device=True)
