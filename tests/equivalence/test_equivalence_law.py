@@ -14,6 +14,7 @@ import pytest
 from minipaged.config import SamplingParams
 from tests.support.engines import assert_all_blocks_back, make_engine
 from tests.support.law import Comparison, run_alone
+from tests.support.random_params import random_options
 
 NUM_TRACES = int(os.environ.get("MINIPAGED_TEST_TRACES", "300"))
 NUM_REQUESTS = 60
@@ -29,23 +30,7 @@ BACKENDS = [
 
 def random_params(rng: random.Random) -> SamplingParams:
     """Greedy half of the time, else sampled with a seed and whatever else."""
-    options = {"max_tokens": rng.choice([1, 2, 5, 9, 17, 40, 60]), "ignore_eos": rng.random() < 0.7}
-    if rng.random() < 0.5:
-        options["temperature"] = 0
-    else:
-        options |= {"temperature": rng.choice([0.5, 0.9, 1.3]), "seed": rng.randrange(2**32)}
-        options |= {"top_p": rng.choice([1.0, 0.9]), "top_k": rng.choice([0, 20]), "min_p": rng.choice([0, 0.02])}
-    if rng.random() < 0.3:
-        options |= {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2}
-    if rng.random() < 0.2:
-        options |= {"min_tokens": min(4, options["max_tokens"])}
-    if rng.random() < 0.2:
-        options |= {"stop": ["\n", "the"], "include_stop_str_in_output": rng.random() < 0.5}
-    if rng.random() < 0.15:
-        options |= {"logprobs": 3}
-    if rng.random() < 0.15:
-        options |= {"prompt_logprobs": 2}
-    return SamplingParams(**options)
+    return SamplingParams(**random_options(rng, greedy=0.5))
 
 
 def random_prompts(rng: random.Random) -> list[list[int]]:

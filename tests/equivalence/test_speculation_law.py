@@ -22,6 +22,7 @@ from minipaged.sampling.speculative.draft_model import DraftModelProposer
 from minipaged.sampling.speculative.ngram import NgramProposer
 from minipaged.sampling.speculative.speculator import Speculator
 from tests.support.engines import assert_all_blocks_back, generate, make_engine
+from tests.support.random_params import random_options
 
 NUM_TRACES = int(os.environ.get("MINIPAGED_TEST_SPECULATION_TRACES", "500"))
 NUM_REQUESTS = 60
@@ -38,24 +39,9 @@ TEXT = (Path(__file__).parent.parent / "fixtures" / "validation.txt").read_text(
 
 def random_params(rng: random.Random) -> SamplingParams:
     """Greedy two times in three, else sampled with a seed and filters."""
-    options = {"max_tokens": rng.choice([1, 2, 5, 9, 17, 40, 60]), "ignore_eos": rng.random() < 0.7}
-    if rng.random() < 0.67:
-        options["temperature"] = 0
-    else:
-        options |= {"temperature": rng.choice([0.3, 0.8, 1.3]), "seed": rng.randrange(2**32)}
-        options |= {"top_p": rng.choice([1.0, 0.9]), "top_k": rng.choice([0, 20]), "min_p": rng.choice([0, 0.02])}
-    if rng.random() < 0.3:
-        options |= {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.2}
-    if rng.random() < 0.2:
-        options |= {"min_tokens": min(4, options["max_tokens"])}
-    if rng.random() < 0.2:
-        options |= {"stop": ["\n", "the"], "include_stop_str_in_output": rng.random() < 0.5}
+    options = random_options(rng, greedy=0.67)
     if rng.random() < 0.1:
         options |= {"stop_token_ids": [rng.randrange(260, 400) for _ in range(20)]}
-    if rng.random() < 0.2:
-        options |= {"logprobs": 3}
-    if rng.random() < 0.15:
-        options |= {"prompt_logprobs": 2}
     if rng.random() < 0.1:
         options |= {"bad_words": ["the", "king of"], "logit_bias": {300: 3.0}}
     return SamplingParams(**options)
