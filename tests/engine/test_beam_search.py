@@ -2,12 +2,11 @@
 
 import random
 
-import numpy as np
 import pytest
 
 from minipaged import LLM, SamplingParams
 from minipaged.errors import InvalidParameterError, PoolTooSmallError
-from tests.support.engines import assert_all_blocks_back, generate, make_engine, run_to_end
+from tests.support.engines import assert_all_blocks_back, generate, make_engine, nan_logits, run_to_end
 
 BEAMS = SamplingParams(n=3, use_beam_search=True, max_tokens=10, ignore_eos=True)
 PROMPT = list(range(20, 50))
@@ -158,21 +157,8 @@ def test_nan_logits_end_their_own_search_only(engine):
     alone = facts(generate(engine, PROMPT, BEAMS))
     good = engine.add_request(PROMPT, BEAMS)
     bad = engine.add_request(PROMPT[:5], BEAMS)
-    forward, calls = engine.runner.decoder.forward, 0
-
-    def poisoned(batch, kv_cache):
-        nonlocal calls
-        calls += 1
-        logits = forward(batch, kv_cache)
-        if calls == 3:
-            logits[-2, 5] = np.nan
-        return logits
-
-    engine.runner.decoder.forward = poisoned
-    try:
+    with nan_logits(engine, row=-2, call=3):
         outputs = run_to_end(engine)
-    finally:
-        engine.runner.decoder.forward = forward
     assert {c.finish_reason for c in outputs[bad].outputs} == {"error"} and "NaN" in outputs[bad].error
     assert facts(outputs[good]) == alone
     assert_all_blocks_back(engine)

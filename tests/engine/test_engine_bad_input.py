@@ -18,7 +18,7 @@ from minipaged.errors import (
     TokenRangeError,
     UnknownRequestError,
 )
-from tests.support.engines import assert_all_blocks_back, generate, make_engine, run_to_end
+from tests.support.engines import assert_all_blocks_back, generate, make_engine, nan_logits, run_to_end
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
@@ -103,22 +103,8 @@ def test_nan_logits_end_their_own_request_only(engine):
     alone = generate(engine, [7, 8, 9], GREEDY).outputs[0].token_ids
     good = engine.add_request([7, 8, 9], GREEDY)
     bad = engine.add_request([10, 11, 12], GREEDY)
-    forward = engine.runner.decoder.forward
-    calls = 0
-
-    def poisoned(batch, kv_cache):
-        nonlocal calls
-        calls += 1
-        logits = forward(batch, kv_cache)
-        if calls == 3:
-            logits[-1, 5] = np.nan
-        return logits
-
-    engine.runner.decoder.forward = poisoned
-    try:
+    with nan_logits(engine, row=-1, call=3):
         outputs = run_to_end(engine)
-    finally:
-        engine.runner.decoder.forward = forward
     assert outputs[bad].outputs[0].finish_reason == "error"
     assert outputs[bad].error and "NaN" in outputs[bad].error
     assert outputs[good].outputs[0].token_ids == alone

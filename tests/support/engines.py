@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+
+import numpy as np
+
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.engine import Engine
 from minipaged.outputs import RequestOutput
@@ -30,6 +35,24 @@ def generate(engine: Engine, prompt, params: SamplingParams | None = None, **opt
     """Run one request alone."""
     request_id = engine.add_request(prompt, params, **options)
     return run_to_end(engine)[request_id]
+
+
+@contextlib.contextmanager
+def nan_logits(engine: Engine, row: int, call: int):
+    """The ``call``-th forward pass from here on returns a NaN in ``row``."""
+    forward, calls = engine.runner.decoder.forward, itertools.count(1)
+
+    def poisoned(batch, kv_cache):
+        logits = forward(batch, kv_cache)
+        if next(calls) == call:
+            logits[row, 5] = np.nan
+        return logits
+
+    engine.runner.decoder.forward = poisoned
+    try:
+        yield
+    finally:
+        engine.runner.decoder.forward = forward
 
 
 def assert_all_blocks_back(engine: Engine) -> None:
