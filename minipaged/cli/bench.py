@@ -7,14 +7,14 @@ import dataclasses
 import json
 
 from minipaged.bench.modes import MODE_OPTIONS
+from minipaged.cli import bench_runs as runs
 from minipaged.cli import bench_speculation
-from minipaged.cli.options import add_common_options, add_engine_options, given, positive_int, positive_ints
-from minipaged.cli.terminal import note, write
+from minipaged.cli.bench_runs import FORMATS, METRICS, OMITTED_ENGINE_OPTIONS, SCHEDULER_OPTIONS
+from minipaged.cli.options import add_common_options, add_engine_options, positive_int, positive_ints
+from minipaged.cli.terminal import write
 from minipaged.config import POLICIES, EngineConfig
 
 SUMMARY = "measure throughput, latency, KV memory waste or quality"
-FORMATS = ("float32", "bfloat16", "int8", "int4")
-METRICS = ("ttft", "decode", "prefill", "users")
 DISTRIBUTIONS = ("conversation", "instruction", "uniform", "fixed")
 EPILOG = """\
 examples:
@@ -29,25 +29,27 @@ examples:
   minipaged bench quality --text held-out.txt --mode reference --mode cpu:int8 --mode cpu:int4:kv=int8
   minipaged bench compare --peer transformers=/venv/bin/python:/models/hf --mode cpu:int8 --json result.json
 """
-OMITTED_ENGINE_OPTIONS = ("seed",)  # --seed is the workload's here; nothing is sampled at random
-SCHEDULER_OPTIONS = ("block_size", "num_blocks", "max_model_len", "max_num_seqs", "max_num_batched_tokens")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(title="what to measure", metavar="WHAT", dest="bench", required=True)
-    _configure_throughput(_add(kinds, "throughput", _throughput, "tokens/s of a workload, and what a policy changes"))
-    _configure_latency(_add(kinds, "latency", _latency, "time to first token, and decode speed by batch size"))
-    _configure_scaling(_add(kinds, "scaling", _scaling, "decode speed by number of users and by context"))
-    _configure_memory(_add(kinds, "memory", _memory, "reserved KV slots that hold no token, paged and contiguous"))
-    _configure_roofline(_add(kinds, "roofline", _roofline, "products of the cpu backend against this machine's peaks"))
-    _configure_kernels(_add(kinds, "kernels", _kernels, "each kernel of a step on a CUDA device, against its copies"))
-    _configure_compare(_add(kinds, "compare", _compare, "other engines on the same work, in turn with ours"))
-    _configure_sharing(_add(kinds, "sharing", _sharing, "KV blocks saved by samples, beams and prompts that share"))
-    _configure_grammar(_add(kinds, "grammar", _grammar, "what masking by a JSON schema adds to a decode step"))
-    bench_speculation.configure(
-        _add(kinds, "speculation", bench_speculation.measure, bench_speculation.SUMMARY)
+    _configure_throughput(
+        _add(kinds, "throughput", runs.throughput, "tokens/s of a workload, and what a policy changes")
     )
-    _configure_quality(_add(kinds, "quality", _quality, "perplexity and greedy agreement of each precision"))
+    _configure_latency(_add(kinds, "latency", runs.latency, "time to first token, and decode speed by batch size"))
+    _configure_scaling(_add(kinds, "scaling", runs.scaling, "decode speed by number of users and by context"))
+    _configure_memory(_add(kinds, "memory", runs.memory, "reserved KV slots that hold no token, paged and contiguous"))
+    _configure_roofline(
+        _add(kinds, "roofline", runs.roofline, "products of the cpu backend against this machine's peaks")
+    )
+    _configure_kernels(
+        _add(kinds, "kernels", runs.kernels, "each kernel of a step on a CUDA device, against its copies")
+    )
+    _configure_compare(_add(kinds, "compare", runs.compare, "other engines on the same work, in turn with ours"))
+    _configure_sharing(_add(kinds, "sharing", runs.sharing, "KV blocks saved by samples, beams and prompts that share"))
+    _configure_grammar(_add(kinds, "grammar", runs.grammar, "what masking by a JSON schema adds to a decode step"))
+    bench_speculation.configure(_add(kinds, "speculation", bench_speculation.measure, bench_speculation.SUMMARY))
+    _configure_quality(_add(kinds, "quality", runs.quality, "perplexity and greedy agreement of each precision"))
 
 
 def _add(kinds, name: str, function, summary: str) -> argparse.ArgumentParser:
@@ -218,199 +220,3 @@ def run(args: argparse.Namespace) -> None:
         from minipaged.bench.workload import write_json
 
         write_json(result, args.json)
-
-
-def _throughput(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench import report, throughput, workload
-    from minipaged.engine import Engine
-
-    config = EngineConfig(**given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS))
-    trace = workload.load_workload(args.workload) if args.workload else None
-    engine = Engine(config)
-    if trace is None:
-        trace = workload.make_workload(
-            args.distribution,
-            args.num_requests,
-            args.seed,
-            vocab_size=engine.model.config.vocab_size,
-            max_model_len=engine.max_model_len,
-            input_len=args.input_len,
-            output_len=args.output_len,
-        )
-    if args.save_workload:
-        workload.save_workload(trace, args.save_workload)
-    policies = list(dict.fromkeys([config.policy, *([args.compare] if args.compare else [])]))
-    rounds = args.rounds or (3 if len(policies) > 1 else 1)
-    context = report.context(engine)
-    result = throughput.measure(engine, trace, policies, rounds, progress=_note_run)
-    result = {"bench": "throughput", "context": context, **result}
-    return report.context_text(context) + "\n" + report.throughput_text(result), result
-
-
-def _note_run(policy: str, number: int, result: dict) -> None:
-    note(f"round {number}, {policy}: {result['generated_per_second']:.1f} generated tokens/s in {result['wall']:.1f} s")
-
-
-def _latency(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench import latency, report
-    from minipaged.engine import Engine
-
-    options = given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)
-    engine = Engine(EngineConfig(**options))
-    context = report.context(engine)
-    result = latency.measure(
-        engine,
-        prompt_len=args.prompt_len,
-        num_steps=args.steps,
-        batch_sizes=args.batch_size,
-        repetitions=args.repetitions,
-        num_threads=report.num_threads(engine),
-        progress=note,
-    )
-    result = {"bench": "latency", "context": context, **result}
-    return report.context_text(context) + "\n" + report.latency_text(result), result
-
-
-def _scaling(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench import report, scaling
-    from minipaged.engine import Engine
-
-    options = given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)
-    options.setdefault("max_num_seqs", max(*args.users, *args.at_users))
-    engine = Engine(EngineConfig(**options))
-    context = report.context(engine)
-    result = scaling.measure(
-        engine,
-        users=args.users,
-        at_context=args.at_context,
-        contexts=args.contexts,
-        at_users=args.at_users,
-        rounds=args.rounds,
-        progress=note,
-    )
-    result = {"bench": "scaling", "context": context, **result}
-    if args.plot:
-        title = f"{context['model']}, {context['dtype']}, {context['device']}, {context['threads']} threads"
-        scaling.plot(result, args.plot, title)
-    return report.context_text(context) + "\n" + scaling.text(result), result
-
-
-def _grammar(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench import grammar, report
-    from minipaged.engine import Engine
-
-    engine = Engine(EngineConfig(**given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)))
-    context = report.context(engine)
-    result = grammar.measure(
-        engine,
-        batch_size=args.batch_size,
-        prompt_len=args.prompt_len,
-        num_steps=args.steps,
-        temperature=args.temperature,
-    )
-    result = {"bench": "grammar", "context": context, **result}
-    return report.context_text(context) + "\n" + report.grammar_text(result), result
-
-
-def _sharing(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench import report, sharing
-    from minipaged.engine import Engine
-
-    engine = Engine(EngineConfig(**given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)))
-    context = report.context(engine)
-    counts = {"num_requests": args.num_requests, "num_sampled": args.num_sampled}
-    result = sharing.measure(engine, **counts, seed=args.seed, progress=note)
-    result = {"bench": "sharing", "context": context, **result}
-    return report.context_text(context) + "\n" + report.sharing_text(result), result
-
-
-def _memory(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench import memory, report
-
-    limits = {name: getattr(args, name) for name in SCHEDULER_OPTIONS}
-    EngineConfig(**limits)  # refuses bad values with the same words as the engine
-    result = memory.measure(
-        distribution=args.distribution,
-        num_requests=args.num_requests,
-        seed=args.seed,
-        input_len=args.input_len,
-        output_len=args.output_len,
-        **limits,
-    )
-    return report.memory_text(result, memory.DEFINITION), {"bench": "memory", "definition": memory.DEFINITION, **result}
-
-
-def _compare(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench import machine, report
-    from minipaged.bench.compare import measure, peers, trace
-    from minipaged.bench.modes import check_modes
-    from minipaged.ops.cpu.team import default_num_threads
-
-    modes = args.mode or ["cpu:int8"]
-    check_modes(modes)
-    specs = [peers.parse_peer(text, args.model) for text in args.peer]
-    result = measure.measure(
-        [peers.own_spec(args.model, mode) for mode in modes],
-        specs,
-        metrics=tuple(metric for metric in trace.METRICS if metric.name in (args.metric or METRICS)),
-        rounds=args.rounds,
-        seed=args.seed,
-        num_threads=args.num_threads or default_num_threads(),
-        timeout=args.timeout,
-        progress=note,
-    )
-    result = {"bench": "compare", "model": args.model, "cpu": machine.cpu()["model"], **result}
-    return f"model  {args.model}\ncpu    {result['cpu']}\n" + report.compare_text(result), result
-
-
-def _kernels(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench import kernels, report
-    from minipaged.engine import Engine
-
-    engine = Engine(EngineConfig(**{"device": "cuda", **given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)}))
-    context = report.context(engine)
-    result = kernels.measure(
-        engine, args.batch_size, args.context, args.prompt_len, args.repetitions, progress=note
-    )
-    result = {"bench": "kernels", "context": context, **result}
-    return report.context_text(context) + "\n" + kernels.text(result), result
-
-
-def _roofline(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench.report import roofline_text
-    from minipaged.bench.roofline import measure
-
-    if args.step:
-        return _step_roofline(args)
-    result = measure(args.format or list(FORMATS), args.rows, args.num_threads)
-    return roofline_text(result), result
-
-
-def _step_roofline(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench import report, step_roofline
-    from minipaged.engine import Engine
-
-    options = given(args, EngineConfig, omit=(*OMITTED_ENGINE_OPTIONS, "num_threads"))
-    engine = Engine(EngineConfig(num_threads=args.num_threads, **options))
-    context = report.context(engine)
-    result = step_roofline.measure(engine, args.batch_size, args.context, progress=note)
-    result = {"bench": "roofline --step", "model": context, **result}
-    return report.context_text(context) + "\n" + step_roofline.text(result), result
-
-
-def _quality(args: argparse.Namespace) -> tuple[str, dict]:
-    from minipaged.bench import quality, report
-
-    result = quality.measure(
-        args.mode,
-        quality.read_text(args.text),
-        window=args.window,
-        max_tokens=args.max_tokens,
-        num_prompts=args.num_prompts,
-        prompt_len=args.prompt_len,
-        output_len=args.output_len,
-        progress=note,
-        **given(args, EngineConfig, omit=MODE_OPTIONS),
-    )
-    model = getattr(args, "model", EngineConfig.model)
-    return f"model  {model}\n" + report.quality_text(result), {"bench": "quality", "model": model, **result}
