@@ -86,7 +86,7 @@ class FakeDriver:
         self.dynamic_shared: dict[int, int] = {}
         self.capturing: list[Launched] | None = None
         self.launches: list[Launched] = []
-        self.graph_launches = 0
+        self.graph_launches = self.num_context_switches = 0
         self.copies: list[tuple[str, int]] = []
         self.fail_next: int | None = None
         self.retained = 0
@@ -129,6 +129,7 @@ class FakeDriver:
     def cuCtxSetCurrent(self, context: P):
         require(context == CONTEXT)
         self.current.context = context
+        self.num_context_switches += 1
 
     def cuStreamCreate(self, out: P, flags: U):
         self._need_context()

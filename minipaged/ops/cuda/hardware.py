@@ -20,6 +20,8 @@ from .compiled import compiled
 from .device import Call
 
 STATIC_SHARED_LIMIT = 48 * 1024  # bytes of shared memory a block; for more, a kernel must ask
+# Whose context the driver holds as this thread's. Not kept by thread id: a new thread may get that of one that ended.
+_current = threading.local()
 
 
 class HardwareDevice:
@@ -34,7 +36,7 @@ class HardwareDevice:
         from cuda.bindings import driver
 
         self._api = driver
-        self._thread: int | None = None
+        self._token = object()
         self._context = None
         self._functions: dict[int, tuple[Kernel, object]] = {}
         self._allocations: set[int] = set()
@@ -145,8 +147,8 @@ class HardwareDevice:
     def _call(self, function: str, *arguments):
         """Call the driver from whichever thread this is; its results, or an error with its words."""
         api = self._api
-        if self._context is not None and self._thread != threading.get_ident():
-            self._thread = threading.get_ident()
+        if self._context is not None and getattr(_current, "token", None) is not self._token:
+            _current.token = self._token
             self._call("cuCtxSetCurrent", self._context)
         status, *results = getattr(api, function)(*arguments)
         if status != api.CUresult.CUDA_SUCCESS:

@@ -61,12 +61,23 @@ def test_every_thread_gets_the_context(driver, call):
         device.run([call])
         seen.append(arrays[2].to_host())
 
-    for _ in range(2):
+    for _ in range(8):  # a new thread often gets the id of one that ended, but never its context
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
     device.run([call])
-    assert len(seen) == 2 and len(driver.launches) == 3
+    assert len(seen) == 8 and len(driver.launches) == 9
+
+
+def test_two_devices_take_turns_on_one_thread(driver, call):
+    call, device, _ = call
+    other = HardwareDevice()
+    device.run([call])
+    other.synchronize()
+    before = driver.num_context_switches
+    device.run([call])
+    device.run([call])
+    assert driver.num_context_switches == before + 1
 
 
 def test_shared_memory_beyond_48_kilobytes_is_asked_for(driver):
