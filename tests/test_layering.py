@@ -79,12 +79,19 @@ def test_imports_stay_within_the_layer(layer):
     assert list(violations(layer)) == []
 
 
-def test_nothing_imports_torch_or_the_tests():
+def test_nothing_imports_torch_the_tests_or_the_tutorials():
     # Runners of other engines are scripts for other Pythons; minipaged never imports them.
     files = [path for path in python_files("minipaged") if path.parent != ROOT / "minipaged/bench/compare/runners"]
     for path in [*files, *python_files("cuda_kernels")]:
         for line, module in imports(path):
-            assert module.partition(".")[0] not in ("torch", "transformers", "tests"), f"{path}:{line}"
+            assert module.partition(".")[0] not in ("torch", "transformers", "tests", "tutorials"), f"{path}:{line}"
+
+
+def test_the_tutorials_stand_on_what_a_learner_installs():
+    """They may import all of minipaged; neither torch nor what only the tests have."""
+    for path in python_files("tutorials"):
+        for line, module in imports(path):
+            assert module.partition(".")[0] not in ("torch", "transformers", "tests", "pytest"), f"{path}:{line}"
 
 
 def test_every_package_of_minipaged_has_a_layer_or_is_a_face():
