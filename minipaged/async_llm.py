@@ -98,6 +98,19 @@ class AsyncLLM:
         """Counters since the engine was made, and gauges of this moment."""
         return await asyncio.to_thread(self._thread.call, self._thread.open_engine().stats)
 
+    async def start_trace(self, max_steps: int | None = None) -> None:
+        """As :meth:`LLM.start_trace`."""
+        start = functools.partial(self._thread.open_engine().start_trace, max_steps)
+        await asyncio.to_thread(self._thread.call, start)
+
+    async def stop_trace(self):
+        """As :meth:`LLM.stop_trace`."""
+        return await asyncio.to_thread(self._thread.call, self._thread.open_engine().stop_trace)
+
+    async def snapshot(self):
+        """As :meth:`LLM.snapshot`."""
+        return await asyncio.to_thread(self._thread.call, self._thread.open_engine().snapshot)
+
     @property
     def tokenizer(self):
         """The model's :class:`~minipaged.model.tokenizer.Tokenizer`."""

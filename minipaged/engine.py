@@ -14,7 +14,14 @@ from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.factory import make_scheduler
 from minipaged.core.request import Request
 from minipaged.core.scheduler import SchedulerConfig, SchedulerOutput
-from minipaged.errors import InvalidParameterError, MinipagedError, NumericalError, RequestError, UnknownRequestError
+from minipaged.errors import (
+    InvalidParameterError,
+    MinipagedError,
+    NumericalError,
+    RequestError,
+    TraceError,
+    UnknownRequestError,
+)
 from minipaged.live_sequences import LiveSequences
 from minipaged.model.loader import LoadedModel, load_model
 from minipaged.output_builder import OutputBuilder, logprob_entry
@@ -40,6 +47,7 @@ class Engine:
 
     def __init__(self, config: EngineConfig):
         self.config = config
+        self.observers: list = []  # told of each step: see minipaged.view.recording
         self.backend = backends.choose(config.device)
         backends.check_options(self.backend, config)
         backends.start_ahead(self.backend)
@@ -96,7 +104,9 @@ class Engine:
         self._step_seconds = 0.0
 
     def use_policy(self, policy: str, enable_prefix_caching: bool | None = None) -> None:
-        """Give an idle engine a fresh scheduler (and so an empty pool and prefix cache)."""
+        """Give an idle engine, of which no trace is recorded, a fresh scheduler (an empty pool and prefix cache)."""
+        if self.observers:
+            raise TraceError("a trace is being recorded; call stop_trace() before the scheduler is replaced.")
         # "static" switches prefix caching off in its own copy of the limits, so take that from the options.
         caching = self.config.enable_prefix_caching if enable_prefix_caching is None else enable_prefix_caching
         self._use(dataclasses.replace(self.scheduler.config, policy=policy, enable_prefix_caching=caching))
@@ -204,12 +214,15 @@ class Engine:
         drafts = self.speculator.guess(self.scheduler.running, self._sampling_of) if self.speculator else {}
         guessed = time.monotonic()
         plan = self.scheduler.schedule(drafts)
+        for observer in self.observers:
+            observer.scheduled(plan, started)
         self._swap(plan)
         if not plan.scheduled:
             return []
         began = time.monotonic()
         logits = self.runner.execute(plan, self._prompt_wanted(plan))
-        self.scheduler.swap.note_computed(plan.num_tokens, time.monotonic() - began)
+        computed = time.monotonic()
+        self.scheduler.swap.note_computed(plan.num_tokens, computed - began)
         failed = self._take_prompt_logprobs(logits)
         drawn = self._draw(plan, logits)
         failed |= {sequence_id: tokens[0].error for sequence_id, tokens in drawn.items() if tokens[0].error}
@@ -224,6 +237,8 @@ class Engine:
         if self.speculator:
             self.speculator.observe(plan, ended - guessed)
         self._step_seconds += ended - started
+        for observer in self.observers:
+            observer.updated(computed)
         return outputs
 
     def _sampling_of(self, request: Request) -> SamplingState | None:
@@ -311,6 +326,26 @@ class Engine:
             targets = group.prompt_token_ids[known + 1 : known + 1 + len(rows)]
             tokens = prompt_logprobs(rows, targets, group.params.prompt_logprobs)
             group.prompt_logprobs += [logprob_entry(token, self.model.tokenizer) for token in tokens]
+
+    # -- pictures: minipaged.view, which is imported when it is asked for ------------------------------
+
+    def start_trace(self, max_steps: int | None = None) -> None:
+        """Record every step from now on, or ``max_steps`` of them. Raises :class:`TraceError` if that goes on already."""
+        from minipaged.view import recording
+
+        recording.start(self, max_steps)
+
+    def stop_trace(self):
+        """The :class:`~minipaged.view.Trace` since :meth:`start_trace`, without which :class:`TraceError` is raised."""
+        from minipaged.view import recording
+
+        return recording.stop(self)
+
+    def snapshot(self):
+        """Block tables and pool at this moment: a :class:`~minipaged.view.Snapshot`."""
+        from minipaged.view import snapshot
+
+        return snapshot(self.scheduler)
 
     def close(self) -> None:
         """End the backend's threads; no step can follow. Closing twice is harmless."""

@@ -97,5 +97,9 @@ class SavedPrefixError(MinipagedError, ValueError):
     """A saved prefix cannot be used: its file is damaged, or it was made by another model or other settings."""
 
 
+class TraceError(MinipagedError, ValueError):
+    """A trace cannot be recorded now, or its file is damaged or was not written by minipaged."""
+
+
 class IntegrityError(MinipagedError):
     """A law of the block pool was broken: a bug in minipaged, never the caller's fault."""

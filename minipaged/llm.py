@@ -223,6 +223,27 @@ class LLM:
         """Counters since the engine was made, and gauges of this moment."""
         return self._thread.call(self._open().stats)
 
+    # -- pictures: minipaged.view ---------------------------------------------------------------------
+
+    def start_trace(self, max_steps: int | None = None) -> None:
+        """Record what the engine does in every step from now on, or in the next ``max_steps``.
+
+        Raises :class:`~minipaged.errors.TraceError` if that goes on already.
+        """
+        engine = self._open()
+        self._thread.call(lambda: engine.start_trace(max_steps))
+
+    def stop_trace(self):
+        """The :class:`~minipaged.view.Trace` of the steps since :meth:`start_trace`.
+
+        Raises :class:`~minipaged.errors.TraceError` if none was started.
+        """
+        return self._thread.call(self._open().stop_trace)
+
+    def snapshot(self):
+        """Block tables and pool at this moment: a :class:`~minipaged.view.Snapshot`, which ``draw_blocks`` draws."""
+        return self._thread.call(self._open().snapshot)
+
     # -- life -------------------------------------------------------------------------------------
 
     def close(self) -> None:

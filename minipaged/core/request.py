@@ -10,11 +10,15 @@ from minipaged.errors import InvalidParameterError
 
 
 class RequestStatus(enum.Enum):
-    """Where a request is; a preempted request is ``WAITING`` again."""
+    """Where a request is; a preempted request is ``WAITING`` again.
+
+    ``FINISHED``: it has all its tokens. ``ABORTED``: it was dropped before.
+    """
 
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+    ABORTED = "aborted"
 
 
 class Request:

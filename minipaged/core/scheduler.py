@@ -163,7 +163,7 @@ class Scheduler:
         """
         if request_id not in self.requests:
             return False
-        self._remove(self.requests[request_id])
+        self._remove(self.requests[request_id], RequestStatus.ABORTED)
         return True
 
     def finish(self, request_id: str) -> None:
@@ -175,7 +175,7 @@ class Scheduler:
         request = self._get(request_id)
         if request.status is RequestStatus.RUNNING:
             self.prefix_cache.publish(request)  # draft tokens that were right are known only now
-        self._remove(request)
+        self._remove(request, RequestStatus.FINISHED)
         self.num_requests_finished += 1
 
     def _get(self, request_id: str) -> Request:
@@ -184,12 +184,12 @@ class Scheduler:
         except KeyError:
             raise UnknownRequestError(f"no request {request_id!r} is waiting or running.") from None
 
-    def _remove(self, request: Request) -> None:
+    def _remove(self, request: Request, status: RequestStatus) -> None:
         delete(self.waiting if request.status is RequestStatus.WAITING else self.running, request)
         if request.block_table is not None:
             request.block_table.release()
         self.swap.drop(request)
-        request.reset(RequestStatus.FINISHED)
+        request.reset(status)
         del self.requests[request.request_id]
 
     # -- one step -----------------------------------------------------------------------------

@@ -1,0 +1,278 @@
+"""``draw_blocks``: block tables (logical to physical) and the pool, of one moment.
+
+    ┌ request-0   37 tokens   [ 4 ][ 5 ][ 9 ]      a row a sequence; a cell a logical block, in it
+    │ request-1   12 tokens   [ 4 ]                the id of the physical block that holds its KV
+    ├──────────────────────────────────────
+    └ pool  [0][1][2][3][4 ×2][5] …                a cell a physical block: who holds it, how often
+
+Colours are the sequences'; a block that several hold has the colours of all of them.
+"""
+
+from __future__ import annotations
+
+from minipaged.view import words
+from minipaged.view.state import SequenceState, Snapshot, Step, snapshot
+from minipaged.view.svg import Canvas, Picture, shorten
+from minipaged.view.theme import NUM_HUES
+
+WIDTH, MARGIN, LABEL = 760, 20, 168
+TABLE_CELL, TABLE_GAP, TABLE_HEIGHT = 40, 4, 32
+MAX_LINES_EACH, MAX_SEQUENCES, MAX_EVENTS = 4, 24, 12
+DETAILED, SMALL_CELL, MAX_POOL_CELLS = 128, 11, 4096
+"""Pools (as far as they were used) of more than ``DETAILED`` blocks are drawn with small cells without text."""
+
+
+def draw_blocks(source, title: str | None = None) -> Picture:
+    """Draw the block tables and the pool of a scheduler, an engine, an LLM, or one step of a trace.
+
+    Of a step it shows the state while the step was computed, with the copies and evictions made for it.
+
+    Args:
+        source: see :func:`~minipaged.view.state.snapshot`.
+        title: above the drawing.
+
+    Raises:
+        InvalidParameterError: ``source`` has no block tables.
+    """
+    state = snapshot(source)
+    if title is None:
+        title = f"Step {state.index}" if isinstance(state, Step) else "Block tables and pool"
+    canvas = Canvas(WIDTH)
+    canvas.text(MARGIN, 32, title, size=17, bold=True)
+    canvas.text(MARGIN, 53, words.summary(state), "f-muted", size=13)
+    y = _tables(canvas, state, 84)
+    y = _pool(canvas, state, y + 18)
+    y = _legend(canvas, state, y + 12)
+    y = _events(canvas, state, y + 8)
+    return canvas.picture(y + 12, title, words.describe(state))
+
+
+def hue(sequence: SequenceState) -> str:
+    """Name of a sequence's colour in the theme."""
+    return f"hue{sequence.number % NUM_HUES}"
+
+
+# -- block tables ---------------------------------------------------------------------------------
+
+
+def _tables(canvas: Canvas, state: Snapshot, y: float) -> float:
+    canvas.text(MARGIN, y, "Block tables", bold=True, size=14)
+    canvas.text(MARGIN + LABEL, y, f"logical block → physical block, {state.block_size} tokens each", "f-muted")
+    y += 14
+    shown = state.sequences[:MAX_SEQUENCES]
+    for sequence in shown:
+        y = _table(canvas, state, sequence, y)
+    if not shown:
+        canvas.text(MARGIN, y + 14, "no sequences", "f-muted")
+        y += 24
+    if len(state.sequences) > len(shown):
+        canvas.text(MARGIN, y + 12, f"and {len(state.sequences) - len(shown)} more sequences", "f-muted")
+        y += 22
+    return y
+
+
+def _table(canvas: Canvas, state: Snapshot, sequence: SequenceState, y: float) -> float:
+    canvas.rect(MARGIN, y + 3, 6, TABLE_HEIGHT - 6, f"f-{hue(sequence)}", radius=2)
+    canvas.text(MARGIN + 13, y + 14, shorten(sequence.sequence_id, 20), size=13, bold=True)
+    tokens = words.count(sequence.num_tokens, "token")
+    status = "" if sequence.is_running else (", preempted" if sequence.num_preemptions else ", waiting")
+    canvas.text(MARGIN + 13, y + 29, tokens + status, "f-muted", size=12)
+    per_line = int((WIDTH - 2 * MARGIN - LABEL) // (TABLE_CELL + TABLE_GAP))
+    room = per_line * MAX_LINES_EACH
+    drawn = sequence.block_ids
+    if len(drawn) > room:
+        drawn = drawn[: room - 1]
+    for index, block_id in enumerate(drawn):
+        line, column = divmod(index, per_line)
+        x, top = MARGIN + LABEL + column * (TABLE_CELL + TABLE_GAP), y + line * (TABLE_HEIGHT + TABLE_GAP)
+        _table_cell(canvas, state, sequence, index, block_id, x, top)
+    if len(drawn) < len(sequence.block_ids):
+        x = MARGIN + LABEL + (per_line - 1) * (TABLE_CELL + TABLE_GAP)
+        rest = f"+{len(sequence.block_ids) - len(drawn)}"
+        canvas.text(x + 4, y + (MAX_LINES_EACH - 1) * (TABLE_HEIGHT + TABLE_GAP) + 21, rest, "f-muted")
+    lines = max(1, -(-len(drawn) // per_line))
+    return y + lines * (TABLE_HEIGHT + TABLE_GAP) + 4
+
+
+def _table_cell(canvas: Canvas, state: Snapshot, sequence: SequenceState, index: int, block_id: int, x, y) -> None:
+    """One logical block: its physical block, and below it how many of its slots hold KV."""
+    size = state.block_size
+    computed = min(max(sequence.num_computed_tokens - index * size, 0), size)
+    end = min(max(sequence.num_computed_tokens + sequence.num_scheduled_tokens - index * size, 0), size)
+    written = f", {end - computed} of them written in this step" if end > computed else ""
+    name = f"{sequence.sequence_id}, logical block {index}: physical block {block_id}, {end} of {size} slots{written}"
+    copied = isinstance(state, Step) and any(block_id == target for _, target in state.copies)
+    frame = "s-copy bold" if copied else "s-line"
+    canvas.rect(x, y, TABLE_CELL, TABLE_HEIGHT, f"f-{hue(sequence)} {frame}", radius=3, title=name)
+    canvas.text(x + TABLE_CELL / 2, y + 19, str(block_id), size=14 if block_id < 1000 else 11, anchor="middle")
+    bar = TABLE_CELL - 8
+    canvas.rect(x + 4, y + TABLE_HEIGHT - 8, bar, 4, "f-page")
+    if computed:
+        canvas.rect(x + 4, y + TABLE_HEIGHT - 8, bar * computed / size, 4, "f-muted")
+    if end > computed:
+        canvas.rect(x + 4 + bar * computed / size, y + TABLE_HEIGHT - 8, bar * (end - computed) / size, 4, "f-new")
+
+
+# -- pool -----------------------------------------------------------------------------------------
+
+
+def _pool(canvas: Canvas, state: Snapshot, y: float) -> float:
+    used = [b for b in range(state.num_blocks) if state.ref_cnts[b] or b in state.cached]
+    marked = [b for pair in state.copies for b in pair] + state.evicted if isinstance(state, Step) else []
+    end = max([*used, *marked], default=-1) + 1
+    if state.num_blocks <= DETAILED:
+        end = state.num_blocks
+    canvas.text(MARGIN, y, "Pool", bold=True, size=14)
+    canvas.text(MARGIN + 44, y, "physical blocks, with the number of tables that hold each", "f-muted")
+    drawn = min(end, MAX_POOL_CELLS)
+    rows = _detailed(canvas, state, drawn, y + 12) if drawn <= DETAILED else _dense(canvas, state, drawn, y + 12)
+    y += 12 + rows
+    notes = []
+    if drawn < end:
+        inside = sum(state.ref_cnts[b] > 0 for b in range(drawn, end))
+        notes.append(f"blocks {drawn}-{end - 1} are not drawn: {inside} in use")
+    if end < state.num_blocks:
+        notes.append(f"blocks {end}-{state.num_blocks - 1} are free")
+    if notes:
+        canvas.text(MARGIN, y + 14, "; ".join(notes), "f-muted")
+        y += 20
+    return y
+
+
+def _detailed(canvas: Canvas, state: Snapshot, num_blocks: int, y: float) -> float:
+    cell, gap, per_line = 40, 5, 16
+    holders = state.holders()
+    evicted = set(state.evicted) if isinstance(state, Step) else set()
+    centres = {}
+    for block_id in range(num_blocks):
+        line, column = divmod(block_id, per_line)
+        x, top = MARGIN + column * (cell + gap), y + line * (cell + gap)
+        centres[block_id] = (x + cell / 2, top + cell / 2)
+        _pool_cell(canvas, state, block_id, holders.get(block_id, []), x, top, cell)
+        if block_id in evicted:
+            canvas.path(f"M{x + 1:g} {top + cell - 14:g}v13h13Z", "f-alarm")
+    if isinstance(state, Step):
+        for source, target in state.copies:
+            if source in centres and target in centres:
+                _arrow(canvas, centres[source], centres[target])
+    return max(1, -(-num_blocks // per_line)) * (cell + gap)
+
+
+def _pool_cell(canvas: Canvas, state: Snapshot, block_id: int, holders: list[SequenceState], x, y, cell) -> None:
+    ref_cnt, cached = state.ref_cnts[block_id], block_id in state.cached
+    _paint(canvas, holders, x, y, cell, cell)
+    frame = "s-line" if ref_cnt else ("s-muted" if cached else "s-line")
+    fill = "" if holders else "f-cached " if cached else "f-empty "
+    name = f"block {block_id}: {_state_of(ref_cnt, cached)}"
+    if holders:
+        name += f", held by {words.listing([sequence.sequence_id for sequence in holders])}"
+    canvas.rect(x, y, cell, cell, f"{fill}{frame}", radius=3, title=name, dash=not ref_cnt)
+    ink = "f-ink" if ref_cnt or cached else "f-muted"
+    canvas.text(x + 5, y + 17, str(block_id), ink, size=13 if block_id < 1000 else 11)
+    if ref_cnt:
+        canvas.text(x + cell - 5, y + cell - 6, f"×{ref_cnt}", size=12, anchor="end", bold=ref_cnt > 1)
+    if cached:
+        canvas.circle(x + cell - 7, y + 7, 3, "f-ink")
+
+
+def _state_of(ref_cnt: int, cached: bool) -> str:
+    if ref_cnt:
+        return f"ref_cnt {ref_cnt}" + (", in the prefix cache" if cached else "")
+    return "free, its KV is cached" if cached else "free"
+
+
+def _paint(canvas: Canvas, holders: list[SequenceState], x, y, width, height) -> None:
+    """The colours of those that hold a block, side by side; of the first six."""
+    shown = holders[:6]
+    for index, sequence in enumerate(shown):
+        part = width / len(shown)
+        canvas.rect(x + index * part, y, part, height, f"f-{hue(sequence)}")
+
+
+def _arrow(canvas: Canvas, start, end) -> None:
+    """A curved arrow from one cell to another."""
+    (x1, y1), (x2, y2) = start, end
+    y1, y2 = y1 - 12, y2 - 12
+    bow = min(y1, y2) - 22
+    canvas.path(f"M{x1:g} {y1:g}C{x1:g} {bow:g} {x2:g} {bow:g} {x2:g} {y2:g}", "s-copy bold")
+    canvas.path(f"M{x2 - 4.5:g} {y2 - 6:g}L{x2:g} {y2 + 2:g}L{x2 + 4.5:g} {y2 - 6:g}Z", "f-copy")
+
+
+def _dense(canvas: Canvas, state: Snapshot, num_blocks: int, y: float) -> float:
+    """A large pool: small cells, with a frame around those that are shared."""
+    step = SMALL_CELL + 1
+    per_line = (WIDTH - 2 * MARGIN) // step
+    holders = state.holders()
+    for block_id in range(num_blocks):
+        line, column = divmod(block_id, per_line)
+        x, top = MARGIN + column * step, y + line * step
+        ref_cnt, cached = state.ref_cnts[block_id], block_id in state.cached
+        _paint(canvas, holders.get(block_id, [])[:3], x, top, SMALL_CELL, SMALL_CELL)
+        fill = "" if ref_cnt else ("f-cached " if cached else "f-empty ")
+        frame = "s-ink" if ref_cnt > 1 else "s-line"
+        name = f"block {block_id}: {_state_of(ref_cnt, cached)}"
+        canvas.rect(x, top, SMALL_CELL, SMALL_CELL, fill + frame, title=name, dash=cached and not ref_cnt)
+    return -(-num_blocks // per_line) * step + 4
+
+
+# -- what the marks mean, and what happened -------------------------------------------------------
+
+
+def _legend(canvas: Canvas, state: Snapshot, y: float) -> float:
+    """What the marks mean; those that do not occur are left out."""
+    step = state if isinstance(state, Step) else None
+    entries = [("used", "in use: ×tables"), ("shared", "shared")]
+    if state.cached:
+        entries += [("cached", "in the prefix cache"), ("cached_free", "cached, free")]
+    entries += [("free", "free"), ("slots", "slots with KV")]
+    if any(sequence.num_scheduled_tokens for sequence in state.sequences):
+        entries.append(("written", "written in this step"))
+    if step and step.copies:
+        entries.append(("copy", "copy-on-write"))
+    if step and step.evicted:
+        entries.append(("evicted", "evicted, used anew"))
+    x = MARGIN
+    for mark, text in entries:
+        width = 30 + 7 * len(text)
+        if x + width > WIDTH - MARGIN:
+            x, y = MARGIN, y + 22
+        _mark(canvas, mark, x, y)
+        canvas.text(x + 23, y + 13, text, "f-muted", size=12)
+        x += width
+    return y + 22
+
+
+def _mark(canvas: Canvas, mark: str, x, y) -> None:
+    if mark == "slots" or mark == "written":
+        canvas.rect(x, y + 6, 16, 5, "f-muted" if mark == "slots" else "f-new")
+        return
+    if mark == "copy":
+        canvas.path(f"M{x:g} {y + 12:g}C{x:g} {y:g} {x + 14:g} {y:g} {x + 14:g} {y + 8:g}", "s-copy bold")
+        canvas.path(f"M{x + 10:g} {y + 7:g}L{x + 14:g} {y + 14:g}L{x + 18:g} {y + 7:g}Z", "f-copy")
+        return
+    if mark in ("used", "shared"):
+        canvas.rect(x, y + 1, 16, 16, "f-hue0")
+        if mark == "shared":
+            canvas.rect(x + 8, y + 1, 8, 16, "f-hue1")
+    fill = {"cached_free": "f-cached ", "free": "f-empty ", "cached": "f-page ", "evicted": "f-hue0 "}.get(mark, "")
+    canvas.rect(x, y + 1, 16, 16, fill + "s-line", radius=2, dash=mark in ("free", "cached_free"))
+    if mark in ("cached", "cached_free"):
+        canvas.circle(x + 11.5, y + 5.5, 2.5, "f-ink")
+    if mark == "evicted":
+        canvas.path(f"M{x + 1:g} {y + 6:g}v10h10Z", "f-alarm")
+
+
+def _events(canvas: Canvas, state: Snapshot, y: float) -> float:
+    if not isinstance(state, Step):
+        return y
+    lines = words.events(state)
+    canvas.text(MARGIN, y + 14, "In this step", bold=True, size=14)
+    y += 18
+    shown = lines if len(lines) <= MAX_EVENTS else lines[: MAX_EVENTS - 1]
+    for line in shown:
+        canvas.text(MARGIN + 8, y + 15, shorten("• " + line, 108), size=12)
+        y += 18
+    if len(shown) < len(lines):
+        canvas.text(MARGIN + 8, y + 15, f"• and {len(lines) - len(shown)} more events", "f-muted", size=12)
+        y += 18
+    return y

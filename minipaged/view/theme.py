@@ -1,0 +1,49 @@
+"""The colours of all pictures, for light and dark, in one place. Text on every fill has a contrast above 4.5."""
+
+from __future__ import annotations
+
+NUM_HUES = 8
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
+
+# name: (light, dark)
+COLOURS = {
+    "page": ("#ffffff", "#16191d"),
+    "ink": ("#1c2026", "#eceff3"),
+    "muted": ("#57606b", "#a3adb9"),
+    "line": ("#c3cad3", "#49525d"),
+    "empty": ("#f4f6f8", "#20252b"),
+    # sequences, by number of arrival
+    "hue0": ("#a9cbf5", "#27588f"),
+    "hue1": ("#fbc78e", "#85500f"),
+    "hue2": ("#a5dfb4", "#27683a"),
+    "hue3": ("#f6b6cf", "#873a5d"),
+    "hue4": ("#9fdfe3", "#1d666e"),
+    "hue5": ("#f1e08a", "#6a5d10"),
+    "hue6": ("#cdbdf3", "#574391"),
+    "hue7": ("#dccab6", "#64503b"),
+    # kinds of work
+    "prefill": ("#8fbcf2", "#2b62a3"),
+    "decode": ("#98d8a8", "#2a703f"),
+    "speculative": ("#cdbdf3", "#6a51ad"),
+    "cached": ("#d7e6fa", "#1f3a59"),
+    "swapped": ("#f1e08a", "#6a5d10"),
+    "waiting": ("#c3cad3", "#5a6470"),
+    # marks
+    "alarm": ("#c42b2b", "#ff8b80"),
+    "copy": ("#8a3ab9", "#d9a6ff"),
+    "new": ("#1666c0", "#7db8ff"),
+}
+
+
+def colour_rules(kind: int) -> dict[str, str]:
+    """CSS declarations by class: ``mp-f-NAME`` fills with a colour, ``mp-s-NAME`` strokes; 0 light, 1 dark."""
+    rules = {}
+    for name, colours in COLOURS.items():
+        rules[f"mp-f-{name}"] = f"fill:{colours[kind]}"
+        rules[f"mp-s-{name}"] = f"stroke:{colours[kind]}"
+    return rules
+
+
+def custom_properties(kind: int) -> str:
+    """The colours as CSS custom properties (``--ink: …``), for a page."""
+    return "".join(f"--{name}:{colours[kind]};" for name, colours in COLOURS.items())
