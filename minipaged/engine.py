@@ -330,7 +330,7 @@ class Engine:
     # -- pictures: minipaged.view, which is imported when it is asked for ------------------------------
 
     def start_trace(self, max_steps: int | None = None) -> None:
-        """Record every step from now on, or ``max_steps`` of them. Raises :class:`TraceError` if that goes on already."""
+        """Record every step from now on, or ``max_steps``. Raises :class:`TraceError` if that goes on already."""
         from minipaged.view import recording
 
         recording.start(self, max_steps)

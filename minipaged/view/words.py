@@ -7,7 +7,9 @@ from minipaged.view.state import SequenceState, Snapshot, Step
 
 def count(number: int, noun: str) -> str:
     """``3, "block"`` to ``"3 blocks"``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def listing(items, limit: int = 12) -> str:
@@ -97,6 +99,5 @@ def _work(work, admitted: bool) -> str:
     known = work.num_tokens - work.num_lookahead_tokens
     parts.append(f"computes {count(known, 'prompt token')}" if work.kind == "prefill" else "decodes 1 token")
     if work.num_lookahead_tokens:
-        parts.append(f"verifies {count(work.num_lookahead_tokens, 'guess').replace('guesss', 'guesses')}")
-        parts[-1] += f", {work.num_accepted_tokens} right"
+        parts.append(f"verifies {count(work.num_lookahead_tokens, 'guess')}, {work.num_accepted_tokens} right")
     return f"{work.sequence.sequence_id} {', '.join(parts)}"

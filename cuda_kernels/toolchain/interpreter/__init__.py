@@ -46,13 +46,15 @@ def launch(
     checks: bool = True,
     memory: DeviceMemory | None = None,
     max_steps: int = MAX_STEPS,
+    on_access=None,
 ) -> Counters:
     """Runs the kernel ``entry`` of ``ptx`` over ``grid`` blocks of ``block`` threads (ints or up to three of them).
 
     ``args`` are pointers into ``memory`` and scalars, in the order of the signature; ``shared_bytes`` is dynamic
     shared memory. Raises :class:`KernelFault` for what a kernel may not do, :class:`PTXError` for PTX that is not
     understood. Without ``checks`` only bounds and alignment are watched and only instructions counted. A chunk of
-    blocks that does not end within ``max_steps`` basic blocks counts as endless.
+    blocks that does not end within ``max_steps`` basic blocks counts as endless. ``on_access`` is told of each load
+    and store (see :mod:`cuda_kernels.toolchain.accesses`).
     """
     program = _parsed(ptx)
     if program.entry != entry:
@@ -70,6 +72,7 @@ def launch(
         for first in range(0, num_blocks, at_once):
             count = min(at_once, num_blocks - first)
             machine = _machine(program, count, block, shared_bytes, checks)
+            machine.on_access = on_access
             machine.load(grid, first, values, memory, constants)
             counters = counters + machine.run(max_steps)
     finally:
@@ -81,7 +84,14 @@ def launch(
 
 
 def run(
-    kernel: Kernel, grid, args, cc=(8, 0), checks: bool = True, block: int | None = None, shared_bytes=None
+    kernel: Kernel,
+    grid,
+    args,
+    cc=(8, 0),
+    checks: bool = True,
+    block: int | None = None,
+    shared_bytes=None,
+    on_access=None,
 ) -> Counters:
     """Compiles ``kernel`` for ``cc`` and runs it on NumPy arrays and scalars.
 
@@ -98,6 +108,7 @@ def run(
         kernel.shared_bytes if shared_bytes is None else shared_bytes,
         checks,
         memory,
+        on_access=on_access,
     )
     for arg, value in zip(args, values, strict=True):
         if isinstance(arg, np.ndarray):

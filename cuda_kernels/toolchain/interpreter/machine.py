@@ -39,6 +39,7 @@ class Machine:
 
     def __init__(self, program: Program, num_blocks: int, block: tuple, shared_bytes: int, checks: bool) -> None:
         self.program, self.block, self.num_blocks, self.checks = program, block, num_blocks, checks
+        self.on_access = None  # called with the accessor and its access, for each load and store
         self.threads_per_block = block[0] * block[1] * block[2]
         self.padded = -(-self.threads_per_block // WARP) * WARP
         self.num_threads = num_blocks * self.padded

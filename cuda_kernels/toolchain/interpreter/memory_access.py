@@ -217,6 +217,8 @@ class Accessor:
             self.check(access)
             if self.machine.checks:
                 self.count(access)
+            if self.machine.on_access is not None:
+                self.machine.on_access(self, access)
             yield access
 
 
