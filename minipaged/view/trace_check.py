@@ -75,6 +75,8 @@ def _check_record(record, is_step: bool = False) -> None:
     for key, value in record.items():
         if key in _PHASE:
             _check_integers(value, _PHASE[key])
+            if _PHASE[key] == 2 and any(len(pair) != 2 for pair in value):
+                raise ValueError(f"{key} are not pairs")
         elif key == "run":
             for entry in value:
                 _check_integers(entry, 1)
