@@ -244,6 +244,25 @@ class LLM:
         """Block tables and pool at this moment: a :class:`~minipaged.view.Snapshot`, which ``draw_blocks`` draws."""
         return self._thread.call(self._open().snapshot)
 
+    def add_observer(self, make):
+        """Tell the observer ``make(engine)`` of each step from now on, and return it.
+
+        What an observer is: see :mod:`minipaged.view.recording`.
+        """
+        engine = self._open()
+
+        def add():
+            observer = make(engine)
+            engine.observers.append(observer)
+            return observer
+
+        return self._thread.call(add)
+
+    def remove_observer(self, observer) -> None:
+        """Undo :meth:`add_observer`."""
+        engine = self._open()
+        self._thread.call(lambda: engine.observers.remove(observer))
+
     # -- life -------------------------------------------------------------------------------------
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minipaged.cli.options import DEFAULT_MAX_TOKENS, add_engine_options, add_sampling_options, given, given_sampling
 from minipaged.cli.terminal import note, write
+from minipaged.cli.watch import add_watch_options, check, watching
 from minipaged.config import EngineConfig, SamplingParams
 from minipaged.errors import InvalidParameterError, MinipagedError
 from minipaged.outputs import RequestOutput
@@ -26,6 +27,8 @@ examples:
   minipaged generate --raw "Once upon a time"
   minipaged generate --n 3 --temperature 1 "Invent a name for a cat."
   minipaged generate --beam-width 4 "Translate to French: Good morning."
+  minipaged generate --trace trace.json "Why is the sky blue?"   (then: minipaged view trace.json --open)
+  minipaged generate --watch --model tiny --n 4 --temperature 1 "ROMEO:"
   minipaged generate --json "First question" "Second question" > answers.jsonl
   minipaged generate --file notes.txt --system "Summarise the user's text."
   git log -5 | minipaged generate -
@@ -48,6 +51,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
     parser.add_argument("--json", action="store_true", help="print one RequestOutput as JSON a line, at the end")
     parser.add_argument("--stats", action="store_true", help="report tokens and times on stderr at the end")
+    add_watch_options(parser)
     add_sampling_options(parser)
     add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
 
@@ -56,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
     options = given_sampling(args)
     if args.raw and args.system is not None:
         raise InvalidParameterError("--system needs the chat template, which --raw leaves out; give one of the two.")
+    check(args)
     texts = read_prompts(args.prompts, args.file)
 
     from minipaged.llm import LLM
@@ -63,10 +68,12 @@ def run(args: argparse.Namespace) -> None:
     with LLM(**given(args, EngineConfig, omit=OMITTED_ENGINE_OPTIONS)) as llm:
         prompts = [make_prompt(llm, text, raw=args.raw, system=args.system) for text in texts]
         params = [sampling_params(llm, prompt, options) for prompt in prompts]
-        if len(prompts) == 1 and not args.json:
-            outputs = [stream(llm, prompts[0], params[0])]
+        if len(prompts) == 1 and not args.json and not args.watch:
+            with watching(llm, args):
+                outputs = [stream(llm, prompts[0], params[0])]
         else:
-            outputs = llm.generate(prompts, params)
+            with watching(llm, args):
+                outputs = llm.generate(prompts, params, use_tqdm=False if args.watch else None)
             _print(outputs, as_json=args.json)
         if args.stats:
             _report(outputs)

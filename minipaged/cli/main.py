@@ -12,7 +12,7 @@ import sys
 import traceback
 
 from minipaged import __version__
-from minipaged.cli import bench, cache, chat, config, doctor, generate, inspect, models, pack, pull, warmup
+from minipaged.cli import bench, cache, chat, config, doctor, generate, inspect, models, pack, pull, view, warmup
 from minipaged.cli.options import add_common_options
 from minipaged.errors import InvalidParameterError, MinipagedError
 
@@ -24,6 +24,7 @@ COMMANDS = {
     "pack": pack,
     "cache": cache,
     "inspect": inspect,
+    "view": view,
     "bench": bench,
     "doctor": doctor,
     "warmup": warmup,

@@ -25,7 +25,7 @@ COLOURS = {
     "prefill": ("#8fbcf2", "#2b62a3"),
     "decode": ("#98d8a8", "#2a703f"),
     "speculative": ("#cdbdf3", "#6a51ad"),
-    "cached": ("#d7e6fa", "#1f3a59"),
+    "cached": ("#c9dcf5", "#1f3a59"),
     "swapped": ("#f1e08a", "#6a5d10"),
     "waiting": ("#c3cad3", "#5a6470"),
     # marks

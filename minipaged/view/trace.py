@@ -85,6 +85,18 @@ class Trace:
         """Write the trace into a file. Raises :class:`InvalidParameterError` where that is impossible."""
         write_text(path, self.to_json() + "\n")
 
+    def to_html(self, path, title: str | None = None) -> None:
+        """Write a self-contained page with a slider over the steps. Raises as :meth:`save`."""
+        from minipaged.view import html
+
+        write_text(path, html.to_html(self, title))
+
+    def to_chrome(self, path) -> None:
+        """Write a file that Perfetto (https://ui.perfetto.dev) and chrome://tracing open. Raises as :meth:`save`."""
+        from minipaged.view import chrome
+
+        write_text(path, chrome.to_chrome(self) + "\n")
+
     @classmethod
     def load(cls, path) -> Trace:
         """Read a trace, and check it.
