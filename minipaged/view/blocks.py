@@ -17,6 +17,7 @@ from minipaged.view.theme import NUM_HUES
 
 WIDTH, MARGIN, LABEL = 760, 20, 168
 TABLE_CELL, TABLE_GAP, TABLE_HEIGHT = 40, 4, 32
+CELL, CELL_HEIGHT, GAP, PER_LINE = 40, 46, 5, 16  # of the pool
 MAX_LINES_EACH, MAX_SEQUENCES, MAX_EVENTS = 4, 24, 12
 DETAILED, SMALL_CELL, MAX_POOL_CELLS = 128, 11, 4096
 """Pools (as far as they were used) of more than ``DETAILED`` blocks are drawn with small cells without text."""
@@ -125,8 +126,8 @@ def _pool(canvas: Canvas, state: Snapshot, y: float) -> float:
     canvas.text(MARGIN, y, "Pool", bold=True, size=14)
     canvas.text(MARGIN + 44, y, "physical blocks, with the number of tables that hold each", "f-muted")
     drawn = min(end, MAX_POOL_CELLS)
-    rows = _detailed(canvas, state, drawn, y + 12) if drawn <= DETAILED else _dense(canvas, state, drawn, y + 12)
-    y += 12 + rows
+    y += 24 if isinstance(state, Step) and state.copies else 12  # arrows bow above the first row
+    y += _detailed(canvas, state, drawn, y) if drawn <= DETAILED else _dense(canvas, state, drawn, y)
     notes = []
     if drawn < end:
         inside = sum(state.ref_cnts[b] > 0 for b in range(drawn, end))
@@ -140,39 +141,40 @@ def _pool(canvas: Canvas, state: Snapshot, y: float) -> float:
 
 
 def _detailed(canvas: Canvas, state: Snapshot, num_blocks: int, y: float) -> float:
-    cell, gap, per_line = 40, 5, 16
-    holders = state.holders()
+    """A cell with text for each block; an arrow where a block is copied to one in the same row."""
+    holders, copies = state.holders(), state.copies if isinstance(state, Step) else []
     evicted = set(state.evicted) if isinstance(state, Step) else set()
-    centres = {}
+    source_of = {target: source for source, target in copies}
+    corners = {}
     for block_id in range(num_blocks):
-        line, column = divmod(block_id, per_line)
-        x, top = MARGIN + column * (cell + gap), y + line * (cell + gap)
-        centres[block_id] = (x + cell / 2, top + cell / 2)
-        _pool_cell(canvas, state, block_id, holders.get(block_id, []), x, top, cell)
+        line, column = divmod(block_id, PER_LINE)
+        x, top = corners[block_id] = MARGIN + column * (CELL + GAP), y + line * (CELL_HEIGHT + GAP)
+        _pool_cell(canvas, state, block_id, holders.get(block_id, []), source_of.get(block_id), x, top)
         if block_id in evicted:
-            canvas.path(f"M{x + 1:g} {top + cell - 14:g}v13h13Z", "f-alarm")
-    if isinstance(state, Step):
-        for source, target in state.copies:
-            if source in centres and target in centres:
-                _arrow(canvas, centres[source], centres[target])
-    return max(1, -(-num_blocks // per_line)) * (cell + gap)
+            canvas.path(f"M{x + 1:g} {top + CELL_HEIGHT - 14:g}v13h13Z", "f-alarm")
+    for source, target in copies:
+        if max(source, target) < num_blocks and source // PER_LINE == target // PER_LINE:
+            _arrow(canvas, corners[source][0] + CELL / 2, corners[target][0] + CELL / 2, corners[source][1])
+    return max(1, -(-num_blocks // PER_LINE)) * (CELL_HEIGHT + GAP)
 
 
-def _pool_cell(canvas: Canvas, state: Snapshot, block_id: int, holders: list[SequenceState], x, y, cell) -> None:
+def _pool_cell(canvas: Canvas, state: Snapshot, block_id: int, holders: list, source: int | None, x, y) -> None:
     ref_cnt, cached = state.ref_cnts[block_id], block_id in state.cached
-    _paint(canvas, holders, x, y, cell, cell)
-    frame = "s-line" if ref_cnt else ("s-muted" if cached else "s-line")
+    _paint(canvas, holders, x, y, CELL, CELL_HEIGHT)
+    frame = "s-copy bold" if source is not None else "s-muted" if cached and not ref_cnt else "s-line"
     fill = "" if holders else "f-cached " if cached else "f-empty "
     name = f"block {block_id}: {_state_of(ref_cnt, cached)}"
     if holders:
         name += f", held by {words.listing([sequence.sequence_id for sequence in holders])}"
-    canvas.rect(x, y, cell, cell, f"{fill}{frame}", radius=3, title=name, dash=not ref_cnt)
+    canvas.rect(x, y, CELL, CELL_HEIGHT, f"{fill}{frame}", radius=3, title=name, dash=not ref_cnt)
     ink = "f-ink" if ref_cnt or cached else "f-muted"
-    canvas.text(x + 5, y + 17, str(block_id), ink, size=13 if block_id < 1000 else 11)
+    canvas.text(x + 5, y + 16, str(block_id), ink, size=13 if block_id < 1000 else 11)
+    if source is not None:
+        canvas.text(x + 5, y + 29, f"←{source}", size=11, bold=True)
     if ref_cnt:
-        canvas.text(x + cell - 5, y + cell - 6, f"×{ref_cnt}", size=12, anchor="end", bold=ref_cnt > 1)
+        canvas.text(x + CELL - 5, y + CELL_HEIGHT - 5, f"×{ref_cnt}", size=12, anchor="end", bold=ref_cnt > 1)
     if cached:
-        canvas.circle(x + cell - 7, y + 7, 3, "f-ink")
+        canvas.circle(x + CELL - 7, y + 7, 3, "f-ink")
 
 
 def _state_of(ref_cnt: int, cached: bool) -> str:
@@ -189,13 +191,11 @@ def _paint(canvas: Canvas, holders: list[SequenceState], x, y, width, height) ->
         canvas.rect(x + index * part, y, part, height, f"f-{hue(sequence)}")
 
 
-def _arrow(canvas: Canvas, start, end) -> None:
-    """A curved arrow from one cell to another."""
-    (x1, y1), (x2, y2) = start, end
-    y1, y2 = y1 - 12, y2 - 12
-    bow = min(y1, y2) - 22
-    canvas.path(f"M{x1:g} {y1:g}C{x1:g} {bow:g} {x2:g} {bow:g} {x2:g} {y2:g}", "s-copy bold")
-    canvas.path(f"M{x2 - 4.5:g} {y2 - 6:g}L{x2:g} {y2 + 2:g}L{x2 + 4.5:g} {y2 - 6:g}Z", "f-copy")
+def _arrow(canvas: Canvas, x1, x2, y) -> None:
+    """From the top of one cell over its neighbours to the top of another."""
+    bow = y - min(18, 5 + abs(x2 - x1) / 8)
+    canvas.path(f"M{x1:g} {y:g}C{x1:g} {bow:g} {x2:g} {bow:g} {x2:g} {y - 2:g}", "s-copy bold")
+    canvas.path(f"M{x2 - 4.5:g} {y - 5:g}L{x2:g} {y + 2:g}L{x2 + 4.5:g} {y - 5:g}Z", "f-copy")
 
 
 def _dense(canvas: Canvas, state: Snapshot, num_blocks: int, y: float) -> float:
@@ -228,7 +228,7 @@ def _legend(canvas: Canvas, state: Snapshot, y: float) -> float:
     if any(sequence.num_scheduled_tokens for sequence in state.sequences):
         entries.append(("written", "written in this step"))
     if step and step.copies:
-        entries.append(("copy", "copy-on-write"))
+        entries.append(("copy", "copy-on-write, ←from"))
     if step and step.evicted:
         entries.append(("evicted", "evicted, used anew"))
     x = MARGIN
@@ -247,8 +247,7 @@ def _mark(canvas: Canvas, mark: str, x, y) -> None:
         canvas.rect(x, y + 6, 16, 5, "f-muted" if mark == "slots" else "f-new")
         return
     if mark == "copy":
-        canvas.path(f"M{x:g} {y + 12:g}C{x:g} {y:g} {x + 14:g} {y:g} {x + 14:g} {y + 8:g}", "s-copy bold")
-        canvas.path(f"M{x + 10:g} {y + 7:g}L{x + 14:g} {y + 14:g}L{x + 18:g} {y + 7:g}Z", "f-copy")
+        canvas.rect(x + 1, y + 2, 14, 14, "f-hue0 s-copy bold", radius=2)
         return
     if mark in ("used", "shared"):
         canvas.rect(x, y + 1, 16, 16, "f-hue0")

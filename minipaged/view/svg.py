@@ -98,9 +98,7 @@ class Canvas:
 
     def fill(self, x, y, width, height, paint: str):
         """A rectangle filled with a pattern (see :meth:`hatch`), over what is there."""
-        self._body.append(
-            f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" fill="{paint}"/>'
-        )
+        self._body.append(f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" fill="{paint}"/>')
 
     def _add(self, tag: str, shape: str, classes: str, title: str | None = None):
         if title is None:

@@ -1,9 +1,9 @@
 """Block tables and pool as lines of text, drawn anew in place while the engine runs.
 
-    step 12 · 9 of 24 blocks in use, 4 of them shared; 3 cached and free, 12 free
-    request-0      37 tokens  decode      0  1  2
-    request-1      20 tokens  prefill 16  0  1  5
-    pool ██22█▒▒·····    █ in use  2-9 shared  ▒ cached and free  · free
+step 12 · 9 of 24 blocks in use, 4 of them shared; 3 cached and free, 12 free
+request-0      37 tokens  decode      0  1  2
+request-1      20 tokens  prefill 16  0  1  5
+pool ██22█▒▒·····    █ in use  2-9 shared  ▒ cached and free  · free
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """``draw_threads``: which thread of a warp touches which bytes, and what moves for it.
 
-    global memory, a row a cache line of 128 bytes = 4 sectors of 32
-    +0    [ 0][ 1][ 2] … [ 7] | [ 8] …        a cell an element; in it the thread that asks for it
-    +128  [ 8]░░░░░░░░░░░░░░░ |               a sector moves whole: what nobody asked for is hatched
+global memory, a row a cache line of 128 bytes = 4 sectors of 32
++0    [ 0][ 1][ 2] … [ 7] | [ 8] …        a cell an element; in it the thread that asks for it
++128  [ 8]░░░░░░░░░░░░░░░ |               a sector moves whole: what nobody asked for is hatched
 
-    shared memory, a row 128 bytes = one word in each of 32 banks; a bank serves one word in a wavefront
+shared memory, a row 128 bytes = one word in each of 32 banks; a bank serves one word in a wavefront
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``draw_timeline``: who got how many tokens in which step.
 
-    tokens a step   ▂█▂▂▃        of the budget max_num_batched_tokens
-    request-0       ▇▇ █ █ █     a row a sequence, a column a step; colours say what kind of work
-    request-1        ─ ▇ █ █     (a line: it waits)
+tokens a step   ▂█▂▂▃        of the budget max_num_batched_tokens
+request-0       ▇▇ █ █ █     a row a sequence, a column a step; colours say what kind of work
+request-1        ─ ▇ █ █     (a line: it waits)
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _row(canvas: Canvas, row: _Row, width: float, y: float) -> None:
     left = MARGIN + LABEL
     for first, last, cell in _runs(row, merge=width < 9):
         x, length = left + first * width, (last - first + 1) * width
-        _draw_cell(canvas, cell, x, y, length, numbered=width >= 17 and first == last)
+        _draw_cell(canvas, cell, x, y, length, numbered=width >= 15 and first == last)
 
 
 def _runs(row: _Row, merge: bool):

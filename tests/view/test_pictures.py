@@ -94,7 +94,8 @@ def test_pools_of_any_size(num_blocks):
     sequences = [
         SequenceState(i, f"r{i}", 9, 9, 9, list(range(i * 200, min(i * 200 + 200, num_blocks)))) for i in range(30)
     ]
-    counts = [int(any(b in s.block_ids for s in sequences)) for b in range(num_blocks)]
+    held = {b for s in sequences for b in s.block_ids}
+    counts = [int(b in held) for b in range(num_blocks)]
     picture = draw_blocks(Snapshot(4, sequences, counts, {num_blocks - 1}))
     parse(picture)
     assert len(str(picture)) < 2_500_000
