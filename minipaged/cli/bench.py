@@ -8,7 +8,7 @@ import json
 
 from minipaged.bench.modes import MODE_OPTIONS
 from minipaged.cli import bench_runs as runs
-from minipaged.cli import bench_speculation
+from minipaged.cli import bench_speculation, bench_tracing
 from minipaged.cli.bench_runs import FORMATS, METRICS, OMITTED_ENGINE_OPTIONS, SCHEDULER_OPTIONS
 from minipaged.cli.options import add_common_options, add_engine_options, positive_int, positive_ints
 from minipaged.cli.terminal import write
@@ -49,6 +49,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _configure_sharing(_add(kinds, "sharing", runs.sharing, "KV blocks saved by samples, beams and prompts that share"))
     _configure_grammar(_add(kinds, "grammar", runs.grammar, "what masking by a JSON schema adds to a decode step"))
     bench_speculation.configure(_add(kinds, "speculation", bench_speculation.measure, bench_speculation.SUMMARY))
+    bench_tracing.configure(_add(kinds, "tracing", bench_tracing.measure, bench_tracing.SUMMARY))
     _configure_quality(_add(kinds, "quality", runs.quality, "perplexity and greedy agreement of each precision"))
 
 

@@ -101,7 +101,8 @@ class Recorder:
         after: dict = {}
         if self._last_ids is None:  # not a mere continuation: there may be guesses
             self._note_accepted(after)
-        self._sync(after)
+        if self._sync(after):
+            self._last_ids = None  # an id may be another sequence's by now
         if self._pool_events:
             self._note_tables(after)  # of forks, and of guesses rolled back
             self._note_blocks(after)

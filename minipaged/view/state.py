@@ -21,7 +21,7 @@ class SequenceState:
         number: the sequence's number of arrival, from 0; gives it its colour.
         sequence_id: the request's id; ``"ID#1"`` and so on for forks of request ``ID``.
         num_prompt_tokens: of the prompt.
-        num_tokens: tokens known.
+        num_tokens: tokens known; in a trace, of a beam whose siblings are not as far, the token that it awaits too.
         num_computed_tokens: those whose KV is in the blocks, before the step that is drawn.
         block_ids: the block table; empty while waiting.
         num_scheduled_tokens: tokens that the step computes, at positions ``num_computed_tokens`` and following.
