@@ -238,7 +238,7 @@ class Engine:
             self.speculator.observe(plan, ended - guessed)
         self._step_seconds += ended - started
         for observer in self.observers:
-            observer.updated(computed)
+            observer.updated(began, computed, ended)
         return outputs
 
     def _sampling_of(self, request: Request) -> SamplingState | None:

@@ -45,13 +45,17 @@ class Recorder:
         self._sequences: list[list] = []  # by number: id, prompt tokens, tokens known, number of the parent
         self._numbers: dict[Request, int] = {}
         self._tables: dict[int, list[int]] = {}  # by number, of those running
-        self._steps: list[dict] = []
-        self._step: dict | None = None  # whose second half is open
-        self._plan: SchedulerOutput | None = None
-        self._last_ids: list[str] | None = None  # of a step of which the next can be a mere continuation
+        self._times: list[tuple] = []  # of each step: planning began, computing began, it was computed, it was over
+        self._records: dict[int, dict] = {}  # by step, what changed in it
+        self._plan: SchedulerOutput | None = None  # of the step that is open
+        self._started = 0.0
+        self._last_ids: list[str] = []  # of a step of which the next can be a mere continuation
+        self._last_count = -1  # its tokens; -1: there is no such step
         self._pool_events: list[tuple[str, int]] = []
-        self._began = time.monotonic()
+        self._recording = False
         self._start = self._look()
+        self._recording = True
+        self._began = time.monotonic()
         self._last_on_event = scheduler.pool.on_event
         scheduler.pool.on_event = self._note if self._last_on_event is None else self._note_and_tell
 
@@ -66,22 +70,45 @@ class Recorder:
 
     def scheduled(self, plan: SchedulerOutput, started: float | None = None) -> None:
         """A step was planned; ``started`` is the ``time.monotonic()`` when planning began."""
+        if self._plan is not None:  # nobody said that the last one was over
+            self._end_step(self._started, self._started, self._started)
         if self.is_full:
             return
-        if len(self._steps) == self.max_steps:  # and nobody said that the last one was over
+        self._plan = plan
+        self._started = time.monotonic() if started is None else started
+        requests = self.scheduler.requests
+        if (
+            plan.num_tokens == self._last_count
+            and not self._pool_events
+            and len(requests) == len(self._numbers)
+            and [sequence.request_id for sequence in plan.scheduled] == self._last_ids
+            and (not requests or next(reversed(requests.values())) in self._numbers)
+        ):
+            return  # it only goes on; so far there is nothing to note
+        self._note_step(plan)
+
+    def updated(self, began: float | None = None, computed: float | None = None, ended: float | None = None) -> None:
+        """The step that was planned last is over; the times are when computing began, when it and the step ended."""
+        if self._plan is None:
+            return
+        if self._pool_events or self._last_count < 0 or len(self.scheduler.requests) != len(self._numbers):
+            self._note_after()
+        if ended is None:
+            began = computed = ended = time.monotonic()
+        self._end_step(began, computed, ended)
+
+    def _end_step(self, *times: float) -> None:
+        self._times.append((self._started, *times))
+        self._plan = None
+        if len(self._times) == self.max_steps:
             self._detach()
-            return
-        now = time.monotonic()
-        started = now if started is None else started
-        self._step = step = {"t": _micro(started - self._began), "us": [_micro(now - started), 0, 0]}
-        self._steps.append(step)
-        self._planned, self._plan = now, plan
+
+    def _note_step(self, plan: SchedulerOutput) -> None:
+        """Note what a step is, and what planning it changed."""
+        step = self._records[len(self._times)] = {}
         ids = [sequence.request_id for sequence in plan.scheduled]
-        arrived = self._sync(step)
-        if arrived or ids != self._last_ids or plan.num_tokens != len(ids):
+        if self._sync(step) or ids != self._last_ids or plan.num_tokens != self._last_count:
             self._note_run(step, plan, ids)
-        if not self._pool_events:
-            return
         if plan.preempted:
             step["preempt"] = [self._drop(request_id) for request_id in plan.preempted]
         self._note_tables(step)
@@ -90,27 +117,17 @@ class Recorder:
                 step[name] = [list(pair) for pair in pairs]
         self._note_blocks(step)
 
-    def updated(self, computed: float | None = None) -> None:
-        """The step that was planned last is over; ``computed`` is when the model had computed it."""
-        step = self._step
-        if step is None or self.is_full:
-            return
-        now = time.monotonic()
-        computed = now if computed is None else computed
-        step["us"][1:] = [_micro(computed - self._planned), _micro(now - computed)]
+    def _note_after(self) -> None:
+        """Note what came of a step: guesses that were right, forks, ends, publications."""
         after: dict = {}
-        if self._last_ids is None:  # not a mere continuation: there may be guesses
+        if self._last_count < 0:
             self._note_accepted(after)
         if self._sync(after):
-            self._last_ids = None  # an id may be another sequence's by now
-        if self._pool_events:
-            self._note_tables(after)  # of forks, and of guesses rolled back
-            self._note_blocks(after)
+            self._last_count = -1  # an id may be another sequence's by now
+        self._note_tables(after)  # of forks, and of guesses rolled back
+        self._note_blocks(after)
         if after:
-            step["after"] = after
-        self._step = self._plan = None
-        if len(self._steps) == self.max_steps:
-            self._detach()
+            self._records.setdefault(len(self._times), {})["after"] = after
 
     def stop(self) -> Trace:
         """The trace so far; nothing more is recorded."""
@@ -121,7 +138,12 @@ class Recorder:
             self._note_tables(end)
             self._note_blocks(end)
             self._detach()
-        return Trace(self._about, self._sequences, self._start, self._steps, end)
+        steps = [self._timed(times, self._records.get(index, {})) for index, times in enumerate(self._times)]
+        return Trace(self._about, self._sequences, self._start, steps, end)
+
+    def _timed(self, times: tuple, record: dict) -> dict:
+        parts = [_micro(later - earlier) for earlier, later in zip(times, times[1:], strict=False)]
+        return {"t": _micro(times[0] - self._began), "us": parts, **record}
 
     def _detach(self) -> None:
         self.is_full = True
@@ -178,7 +200,7 @@ class Recorder:
 
     def _note_tables(self, record: dict) -> None:
         """Note what of each running sequence's table is other than it was: how many blocks it keeps, what follows."""
-        if not self._pool_events and self._steps:
+        if not self._pool_events and self._recording:
             return
         changes, admitted = [], []
         for request in self.scheduler.running:
@@ -206,7 +228,7 @@ class Recorder:
             run.append([number, length, sequence.num_computed_tokens, sequence.num_lookahead_tokens])
             while len(run[-1]) > 3 and run[-1][-1] == 0:
                 run[-1].pop()
-        self._last_ids = ids if plan.num_tokens == len(ids) else None
+        self._last_ids, self._last_count = ids, plan.num_tokens if plan.num_tokens == len(ids) else -1
 
     def _note_accepted(self, record: dict) -> None:
         """Note how many guesses were right: as many as tokens came beyond the one that every step brings."""

@@ -1,7 +1,8 @@
 """Recording a trace of an engine: the engine keeps a list of observers and tells them of each step.
 
 An observer has two methods, called on the engine's thread: ``scheduled(plan, started)`` after a step was
-planned, and ``updated(computed)`` after one was computed and its tokens were taken in.
+planned, and ``updated(began, computed, ended)`` after one was computed and its tokens were taken in; all are
+times of ``time.monotonic()``. A step that computes nothing has no end.
 """
 
 from __future__ import annotations

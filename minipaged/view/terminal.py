@@ -3,7 +3,7 @@
 step 12 · 9 of 24 blocks in use, 4 of them shared; 3 cached and free, 12 free
 request-0      37 tokens  decode      0  1  2
 request-1      20 tokens  prefill 16  0  1  5
-pool ██22█▒▒·····    █ in use  2-9 shared  ▒ cached and free  · free
+pool ██22█▒▒·····    █ used  2-9 shared  ▒ cached  · free
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def frame(state: Snapshot, doing: dict[str, str], head: str, width: int, height:
         lines.append(_row(sequence, doing.get(sequence.sequence_id, ""), name_width, width, style))
     if len(shown) < len(state.sequences):
         lines.append(_cut(f"and {len(state.sequences) - len(shown)} more sequences", width, style))
-    legend = f"{style.used} in use  2-9 shared  {style.cached} cached and free  {style.free} free"
+    legend = f"{style.used} used  2-9 shared  {style.cached} cached  {style.free} free"
     return [*lines, *pool, _cut(legend, width, style)][:height]
 
 
@@ -141,7 +141,7 @@ class Painter:
         if self._delay:
             time.sleep(self._delay)
 
-    def updated(self, computed: float | None = None) -> None:
+    def updated(self, *times: float) -> None:
         """Nothing to draw."""
 
     def close(self) -> None:

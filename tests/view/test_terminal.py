@@ -72,7 +72,7 @@ def test_the_painter_draws_in_place(recorded_run, monkeypatch):
         painter.updated()
     painter.close()
     lines = screen(stream.getvalue())
-    assert lines[0].startswith("after 8 steps · ") and lines[-1].startswith("█ in use")
+    assert lines[0].startswith("after 8 steps · ") and lines[-1].startswith("█ used")
     assert stream.getvalue().count("step 3 ") == 1
     assert stream.getvalue().endswith("\x1b[?25h")
     assert {s.sequence_id for s in terminal.snapshot(run.scheduler).sequences} <= {line.split()[0] for line in lines}
