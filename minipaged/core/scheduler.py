@@ -63,7 +63,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
-        self._num_added = 0
+        self.num_added = 0  # requests and forks, ever
         self.num_steps = 0
         self.num_requests_finished = 0
         self.num_prompt_tokens_computed = 0
@@ -94,14 +94,14 @@ class Scheduler:
         """
         self.check_admissible(request.num_prompt_tokens, request.params)
         priority = request.priority if self.config.policy == "priority" else 0
-        self._register(request, (priority, self._num_added + 1))
+        self._register(request, (priority, self.num_added + 1))
         insert(self.waiting, request)
 
     def _register(self, request: Request, place: tuple[int, int]) -> None:
         if request.request_id in self.requests:
             raise RequestError(f"request id {request.request_id!r} is in use; choose another.")
-        self._num_added += 1
-        request.sort_key = (*place, self._num_added)
+        self.num_added += 1
+        request.sort_key = (*place, self.num_added)
         self.requests[request.request_id] = request
 
     def fork(self, request_id: str, child_id: str, params: SamplingParams) -> Request:

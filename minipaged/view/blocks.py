@@ -10,6 +10,8 @@ Colours are the sequences'; a block that several hold has the colours of all of 
 
 from __future__ import annotations
 
+import textwrap
+
 from minipaged.view import words
 from minipaged.view.state import SequenceState, Snapshot, Step, snapshot
 from minipaged.view.svg import Canvas, Picture, shorten
@@ -118,14 +120,11 @@ def _table_cell(canvas: Canvas, state: Snapshot, sequence: SequenceState, index:
 
 
 def _pool(canvas: Canvas, state: Snapshot, y: float) -> float:
-    used = [b for b in range(state.num_blocks) if state.ref_cnts[b] or b in state.cached]
-    marked = [b for pair in state.copies for b in pair] + state.evicted if isinstance(state, Step) else []
-    end = max([*used, *marked], default=-1) + 1
-    if state.num_blocks <= DETAILED:
-        end = state.num_blocks
+    end = _end_of_pool(state)
     canvas.text(MARGIN, y, "Pool", bold=True, size=14)
-    canvas.text(MARGIN + 44, y, "physical blocks, with the number of tables that hold each", "f-muted")
     drawn = min(end, MAX_POOL_CELLS)
+    note = "with the number of tables that hold each" if drawn <= DETAILED else "framed where several tables hold one"
+    canvas.text(MARGIN + 44, y, f"physical blocks, {note}", "f-muted")
     y += 24 if isinstance(state, Step) and state.copies else 12  # arrows bow above the first row
     y += _detailed(canvas, state, drawn, y) if drawn <= DETAILED else _dense(canvas, state, drawn, y)
     notes = []
@@ -138,6 +137,13 @@ def _pool(canvas: Canvas, state: Snapshot, y: float) -> float:
         canvas.text(MARGIN, y + 14, "; ".join(notes), "f-muted")
         y += 20
     return y
+
+
+def _end_of_pool(state: Snapshot) -> int:
+    """How many blocks are drawn: all of a small pool, of a large one those up to the last that holds anything."""
+    if state.num_blocks <= DETAILED:
+        return state.num_blocks
+    return max((b for b in range(state.num_blocks) if state.ref_cnts[b] or b in state.cached), default=-1) + 1
 
 
 def _detailed(canvas: Canvas, state: Snapshot, num_blocks: int, y: float) -> float:
@@ -222,14 +228,17 @@ def _legend(canvas: Canvas, state: Snapshot, y: float) -> float:
     """What the marks mean; those that do not occur are left out."""
     step = state if isinstance(state, Step) else None
     entries = [("used", "in use: ×tables"), ("shared", "shared")]
+    dense = _end_of_pool(state) > DETAILED
+    if state.cached and not dense:
+        entries.append(("cached", "in the prefix cache"))
     if state.cached:
-        entries += [("cached", "in the prefix cache"), ("cached_free", "cached, free")]
+        entries.append(("cached_free", "cached, free"))
     entries += [("free", "free"), ("slots", "slots with KV")]
     if any(sequence.num_scheduled_tokens for sequence in state.sequences):
         entries.append(("written", "written in this step"))
     if step and step.copies:
         entries.append(("copy", "copy-on-write, ←from"))
-    if step and step.evicted:
+    if step and step.evicted and not dense:
         entries.append(("evicted", "evicted, used anew"))
     x = MARGIN
     for mark, text in entries:
@@ -268,10 +277,10 @@ def _events(canvas: Canvas, state: Snapshot, y: float) -> float:
     canvas.text(MARGIN, y + 14, "In this step", bold=True, size=14)
     y += 18
     shown = lines if len(lines) <= MAX_EVENTS else lines[: MAX_EVENTS - 1]
-    for line in shown:
-        canvas.text(MARGIN + 8, y + 15, shorten("• " + line, 108), size=12)
-        y += 18
     if len(shown) < len(lines):
-        canvas.text(MARGIN + 8, y + 15, f"• and {len(lines) - len(shown)} more events", "f-muted", size=12)
-        y += 18
+        shown = [*shown, f"and {len(lines) - len(shown)} more events"]
+    for event in shown:
+        for number, line in enumerate(textwrap.wrap(event, 104)):
+            canvas.text(MARGIN + 8, y + 15, ("• " if number == 0 else "   ") + line, size=12)
+            y += 18
     return y

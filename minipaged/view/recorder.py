@@ -43,7 +43,8 @@ class Recorder:
         self.is_full = False
         self._about = {**_limits(scheduler), **(about or {})}
         self._sequences: list[list] = []  # by number: id, prompt tokens, tokens known, number of the parent
-        self._numbers: dict[Request, int] = {}
+        self._numbers: dict[Request, int] = {}  # of those alive
+        self._num_added = 0  # to the scheduler, when requests were last looked at
         self._tables: dict[int, list[int]] = {}  # by number, of those running
         self._times: list[tuple] = []  # of each step: planning began, computing began, it was computed, it was over
         self._records: dict[int, dict] = {}  # by step, what changed in it
@@ -76,13 +77,13 @@ class Recorder:
             return
         self._plan = plan
         self._started = time.monotonic() if started is None else started
-        requests = self.scheduler.requests
+        scheduler = self.scheduler
         if (
             plan.num_tokens == self._last_count
             and not self._pool_events
-            and len(requests) == len(self._numbers)
+            and scheduler.num_added == self._num_added
+            and len(scheduler.requests) == len(self._numbers)
             and [sequence.request_id for sequence in plan.scheduled] == self._last_ids
-            and (not requests or next(reversed(requests.values())) in self._numbers)
         ):
             return  # it only goes on; so far there is nothing to note
         self._note_step(plan)
@@ -97,8 +98,8 @@ class Recorder:
             began = computed = ended = time.monotonic()
         self._end_step(began, computed, ended)
 
-    def _end_step(self, *times: float) -> None:
-        self._times.append((self._started, *times))
+    def _end_step(self, began: float, computed: float, ended: float) -> None:
+        self._times.append((self._started, began, computed, ended))
         self._plan = None
         if len(self._times) == self.max_steps:
             self._detach()
@@ -165,6 +166,7 @@ class Recorder:
     def _sync(self, record: dict) -> bool:
         """Note which requests came and went; whether any did."""
         requests, numbers = self.scheduler.requests, self._numbers
+        self._num_added = self.scheduler.num_added
         new = []
         for request in reversed(requests.values()):  # the newest come last in a dict
             if request in numbers:
