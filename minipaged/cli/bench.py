@@ -182,7 +182,7 @@ def _configure_compare(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KIND=PROGRAM[:MODEL][,OPTION=VALUE...]",
-        help="llamacpp, onnxruntime, openvino or transformers, the Python that has it, its model; repeatable",
+        help="llamacpp, onnxruntime, openvino, transformers or vllm, the Python that has it, its model; repeatable",
     )
     parser.add_argument("--model", default=EngineConfig.model, metavar="NAME", help="also of a peer that names none")
     parser.add_argument(

@@ -23,6 +23,7 @@ SCRIPTS = {
     "onnxruntime": "run_onnxruntime.py",
     "openvino": "run_openvino.py",
     "transformers": "run_transformers.py",
+    "vllm": "run_vllm.py",
 }
 KINDS = tuple(kind for kind in SCRIPTS if kind != "minipaged")
 SYNTAX = "KIND=PROGRAM[:MODEL][,OPTION=VALUE...]"
