@@ -1,4 +1,8 @@
-"""The colours of all pictures, for light and dark, in one place. Text on every fill has a contrast above 4.5."""
+"""The colours of all pictures, for light and dark, in one place.
+
+Text on every fill has a contrast above 4.5, and what is told by its colour alone (kinds of work, marks) one above 3
+to the page, as WCAG 2.2 asks; tests/view/test_theme.py computes both.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +26,13 @@ COLOURS = {
     "hue6": ("#cdbdf3", "#574391"),
     "hue7": ("#dccab6", "#64503b"),
     # kinds of work
-    "prefill": ("#8fbcf2", "#2b62a3"),
-    "decode": ("#98d8a8", "#2a703f"),
-    "speculative": ("#cdbdf3", "#6a51ad"),
+    "prefill": ("#5596df", "#2f68ab"),
+    "decode": ("#43a560", "#2b7542"),
+    "speculative": ("#9b80e0", "#6d55b3"),
     "cached": ("#c9dcf5", "#1f3a59"),
-    "swapped": ("#f1e08a", "#6a5d10"),
-    "waiting": ("#c3cad3", "#5a6470"),
+    "swapped": ("#ae9029", "#73661b"),
+    "waiting": ("#8a949f", "#6f7a86"),
+    "used": ("#6d7f94", "#7e92ab"),
     # marks
     "alarm": ("#c42b2b", "#ff8b80"),
     "copy": ("#8a3ab9", "#d9a6ff"),

@@ -80,7 +80,7 @@
       const high = (blocks) => (blocks * 36) / numBlocks;
       context.fillStyle = colour("empty");
       context.fillRect(x, 50, wide, 36);
-      context.fillStyle = colour("hue6");
+      context.fillStyle = colour("used");
       context.fillRect(x, 86 - high(used), wide, high(used));
       context.fillStyle = colour("cached");
       context.fillRect(x, 86 - high(Math.min(used + cached, numBlocks)), wide, high(Math.min(cached, numBlocks - used)));
@@ -177,7 +177,7 @@
   byId("tables-note").textContent = `In each cell the physical block that holds the KV of ${amount(about.block_size, "token")}.`;
   byId("overview-legend").innerHTML = legendHtml([
     [swatch("background:var(--prefill)"), "prompt tokens of a step"], [swatch("background:var(--decode)"), "decoded tokens"],
-    [swatch("background:var(--hue6)"), "blocks in use"], [swatch("background:var(--cached)"), "cached and free"],
+    [swatch("background:var(--used)"), "blocks in use"], [swatch("background:var(--cached)"), "cached and free"],
     [swatch("background:var(--alarm);width:3px;border:0"), "the step shown"],
   ]);
   byId("timeline-legend").innerHTML = timelineLegend();
