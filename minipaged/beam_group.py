@@ -45,7 +45,6 @@ class BeamGroup(SequenceGroup):
     def take(self, sequence: Sequence, tokens: list[Continuation], live: LiveSequences) -> None:
         if self.finished:
             return  # a sibling failed in this very step
-        self._note_first_token()
         self._found[sequence] = tokens
         if len(self._found) == len(self.sequences):
             self._advance(live)

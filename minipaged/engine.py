@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
+from collections.abc import Callable
 
 import numpy as np
 
@@ -208,8 +209,17 @@ class Engine:
 
     # -- the step ---------------------------------------------------------------------------------
 
-    def step(self) -> list[RequestOutput]:
-        """One iteration: plan, compute, sample, update. Returns what is new for the callers."""
+    def step(self, deliver: Callable[[RequestOutput], None] | None = None) -> list[RequestOutput]:
+        """One iteration: plan, compute, sample, update. Returns what is new for the callers.
+
+        ``deliver``, if given, takes each output as soon as it is made, before those of other requests,
+        and the returned list is empty. It must not raise.
+        """
+        outputs: list[RequestOutput] = []
+        self._step(deliver or outputs.append)
+        return outputs
+
+    def _step(self, deliver: Callable[[RequestOutput], None]) -> None:
         started = time.monotonic()
         drafts = self.speculator.guess(self.scheduler.running, self._sampling_of) if self.speculator else {}
         guessed = time.monotonic()
@@ -218,19 +228,20 @@ class Engine:
             observer.scheduled(plan, started)
         self._swap(plan)
         if not plan.scheduled:
-            return []
+            return
         began = time.monotonic()
         logits = self.runner.execute(plan, self._prompt_wanted(plan))
         computed = time.monotonic()
         self.scheduler.swap.note_computed(plan.num_tokens, computed - began)
         failed = self._take_prompt_logprobs(logits)
         drawn = self._draw(plan, logits)
+        sampled = time.monotonic()
         failed |= {sequence_id: tokens[0].error for sequence_id, tokens in drawn.items() if tokens[0].error}
         for sequence_id in failed:
             self.scheduler.abort(sequence_id)  # before the update, which would publish its KV for others
         num_accepted = self.speculator.verify(plan, self.sampler, logits, drawn) if drafts else {}
         self.scheduler.update(plan, num_accepted=num_accepted)
-        outputs = self._process(plan, drawn, failed, started)
+        self._process(plan, drawn, failed, started, sampled, deliver)
         if self.config.check_integrity:
             self.scheduler.check()
         ended = time.monotonic()
@@ -239,7 +250,6 @@ class Engine:
         self._step_seconds += ended - started
         for observer in self.observers:
             observer.updated(began, computed, ended)
-        return outputs
 
     def _sampling_of(self, request: Request) -> SamplingState | None:
         """How a sequence goes on, if that depends on nothing but itself: it is no beam, and forked already."""
@@ -269,26 +279,44 @@ class Engine:
         return drawn
 
     def _process(
-        self, plan: SchedulerOutput, drawn: dict[str, list[SampledToken]], failed: dict[str, str], started: float
-    ) -> list[RequestOutput]:
-        """Hand tokens to their groups and collect what callers should see."""
-        touched: dict[str, SequenceGroup] = {}
+        self,
+        plan: SchedulerOutput,
+        drawn: dict[str, list[SampledToken]],
+        failed: dict[str, str],
+        started: float,
+        sampled: float,
+        deliver: Callable[[RequestOutput], None],
+    ) -> None:
+        """Hand tokens to their groups, and to the callers what they should see of each group.
+
+        Groups are told one after the other as they are complete: the first caller does not wait until the
+        last one's text is made.
+        """
         # All are looked up first: a beam search may end sequences of this plan on its way.
-        for scheduled, sequence in [(s, self._live[s.request_id]) for s in plan.scheduled]:
+        work = [(scheduled, self._live[scheduled.request_id]) for scheduled in plan.scheduled]
+        last = {sequence.group: index for index, (_, sequence) in enumerate(work)}
+        touched: set[SequenceGroup] = set()
+        for index, (scheduled, sequence) in enumerate(work):
             group = sequence.group
             group.note_scheduled(started)
             if scheduled.request_id in failed:
                 group.fail(sequence, failed[scheduled.request_id], self._live)
+                touched.add(group)
             elif scheduled.request_id in drawn:
+                group.note_sampled(sampled)
                 self._take(sequence, drawn[scheduled.request_id], scheduled.num_lookahead_tokens > 0)
-            else:
-                continue  # a chunk of its prompt was computed; there is nothing to tell yet
-            touched[group.request_id] = group
-        for group in touched.values():
-            if group.finished:
-                del self._groups[group.request_id]
-                self._num_requests_finished += group.error is None
-        return [group.build() for group in touched.values() if group.finished or group.stream]
+                touched.add(group)
+            # else a chunk of its prompt was computed; there is nothing to tell yet
+            if last[group] == index and group in touched:
+                self._tell(group, deliver)
+
+    def _tell(self, group: SequenceGroup, deliver: Callable[[RequestOutput], None]) -> None:
+        """Let a group's caller know what is new, and forget the group if that was all."""
+        if group.finished:
+            del self._groups[group.request_id]
+            self._num_requests_finished += group.error is None
+        if group.finished or group.stream:
+            deliver(group.build())
 
     def _take(self, sequence: Sequence, tokens: list[SampledToken], speculated: bool) -> None:
         """Hand a sequence what was drawn for it: side by side, or one after another as far as it goes."""

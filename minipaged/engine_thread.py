@@ -21,12 +21,17 @@ class EngineThread:
 
     The thread sleeps while there is nothing to do. Whatever kills it is delivered to every
     unfinished request and to later callers; nothing waits forever.
+
+    Args:
+        engine: from now on this thread's alone, but for what only reads.
+        after_step: called on this thread after each step. It must not raise.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, after_step: Callable[[], None] | None = None):
         self.engine: Engine | None = engine
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
+        self._after_step = after_step or (lambda: None)
         self._death: BaseException | None = None
         self._process = os.getpid()
         self._lock = threading.Lock()  # orders "is it alive?" and "put" against the thread's end
@@ -121,8 +126,8 @@ class EngineThread:
     def _loop(self) -> None:
         try:
             while self._obey():
-                for output in self.engine.step():
-                    self._deliver(output)
+                self.engine.step(self._deliver)
+                self._after_step()
             death: BaseException = EngineClosedError("it was closed.")
         except BaseException as error:
             death = error

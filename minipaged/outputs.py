@@ -44,11 +44,16 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """Moments of a request's life, in seconds of ``time.monotonic()``; ``None`` if not reached."""
+    """Moments of a request's life, in seconds of ``time.monotonic()``; ``None`` if not reached.
+
+    A token's moment is when it was sampled, before its text was made. The metrics of a request go on
+    while it runs: an output holds them, not a copy.
+    """
 
     arrival_time: float
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
+    last_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
 

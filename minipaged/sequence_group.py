@@ -93,6 +93,12 @@ class SequenceGroup:
             self.metrics.first_scheduled_time = now
             self.num_cached_tokens = self.sequences[0].request.num_cached_tokens
 
+    def note_sampled(self, now: float) -> None:
+        """The tokens that :meth:`take` is about to get were sampled at ``now``."""
+        if self.metrics.first_token_time is None:
+            self.metrics.first_token_time = now
+        self.metrics.last_token_time = now
+
     def states(self, sequence: Sequence) -> list[SamplingState]:
         """For each token to draw from the sequence's row of logits, the state to draw it with."""
         return [drawn.sampling for drawn in self._continuing(sequence)]
@@ -103,7 +109,6 @@ class SequenceGroup:
 
     def take(self, sequence: Sequence, tokens: list[SampledToken], live: LiveSequences) -> None:
         """Go on with the tokens that were drawn, one for each of :meth:`states`."""
-        self._note_first_token()
         continuing = self._continuing(sequence)
         for child in continuing[1:]:
             live.fork(sequence, child)
@@ -133,10 +138,6 @@ class SequenceGroup:
             live.drop(sequence)
             sequence.output.end(reason)
         self._note_end()
-
-    def _note_first_token(self) -> None:
-        if self.metrics.first_token_time is None:
-            self.metrics.first_token_time = time.monotonic()
 
     def _note_end(self) -> None:
         if self.finished and self.metrics.finished_time is None:

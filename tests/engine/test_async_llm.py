@@ -107,7 +107,7 @@ def test_bad_input_raises_in_its_own_task_only():
 
 def test_a_dying_engine_tells_everyone():
     async def test(llm):
-        def broken():
+        def broken(deliver):
             raise RuntimeError("the machine is on fire")
 
         task = asyncio.create_task(collect(llm, "LONG\n", GREEDY.clone(max_tokens=400)))
