@@ -37,6 +37,9 @@ def test_sanitizers(tmp_path, sanitizer):
     (tmp_path / "build").mkdir()
     build = Build(tmp_path / "build", (f"-fsanitize={sanitizer}", "-fno-omit-frame-pointer", "-O1"))
     environment = {
+        # Runtimes up to GCC 13 and LLVM 16 take some thread-local blocks for those of a glibc before 2.25, follow
+        # what is no pointer there, and crash at the end (https://github.com/google/sanitizers/issues/1322).
+        "ASAN_OPTIONS": "intercept_tls_get_addr=0",
         "LSAN_OPTIONS": f"suppressions={HERE / 'lsan.supp'}:print_suppressions=0",
         "TSAN_OPTIONS": f"suppressions={HERE / 'tsan.supp'}:print_suppressions=0",
     }
@@ -56,32 +59,33 @@ def test_sanitizers(tmp_path, sanitizer):
 
 
 def test_valgrind(build, tmp_path):
-    """``hello.c`` (on the reference device, so that no compiler runs under valgrind): no invalid access and no
-    lost block whose innermost frame outside libc is the library's or the program's."""
+    """``hello.c`` (on the reference device, so that no compiler runs under valgrind): no invalid access, no use of
+    undefined memory and no lost block but those of the interpreter, which valgrind.supp names."""
     valgrind = shutil.which("valgrind")
     if not valgrind:
         pytest.skip("valgrind is not installed")
-    text = (EXAMPLES / "hello.c").read_text()
-    change = "minipaged_engine_options options = MINIPAGED_ENGINE_OPTIONS_INIT;\n    "
-    text = text.replace("minipaged_request request;", f"minipaged_request request;\n    {change}", 1)
-    text = text.replace("sampling.temperature = 0;", 'sampling.temperature = 0;\n    options.device = "reference";')
-    text = text.replace("argv[1], NULL)", "argv[1], &options)")
-    assert text.count("options") >= 3
-    (tmp_path / "hello_reference.c").write_text(text)
-    program, log = build.compile(tmp_path / "hello_reference.c"), tmp_path / "log"
-    command = ["--leak-check=full", "--show-leak-kinds=definite", "--num-callers=40", f"--log-file={log}", str(program)]
-    done = build.run(Path(valgrind), *command, "tiny-draft", timeout=1500, env={"OPENBLAS_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    ours = []
-    for block in re.split(r"^==\d+== \n", log.read_text(errors="replace"), flags=re.MULTILINE):
-        frames = re.findall(r"(?:at|by) 0x\w+: (.*)", block)
-        frames = [f for f in frames if "vgpreload" not in f and "libc.so" not in f and "ld-linux" not in f]
-        if frames and re.search(
-            r"libminipaged|hello_reference|\b(shim|requests|results|submit|engines|dispatch|log|status|structs|python)\.c:",
-            frames[0],
-        ):
-            ours.append(block)
-    assert "ERROR SUMMARY" in log.read_text(errors="replace") and ours == []
+    program = build.compile(on_reference(EXAMPLES / "hello.c", tmp_path / "hello_reference.c"))
+    # fair-sched: valgrind runs one thread at a time, and without it one that computes never lets others in.
+    command = ["--fair-sched=yes", "--leak-check=full", "--errors-for-leak-kinds=definite", "--error-exitcode=99"]
+    command += ["--show-leak-kinds=definite", "--num-callers=24", f"--suppressions={HERE / 'valgrind.supp'}"]
+    done = build.run(
+        Path(valgrind), *command, str(program), "tiny-draft", timeout=600, env={"OPENBLAS_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0 and "ERROR SUMMARY: 0 errors" in done.stderr, done.stderr[-8000:]
+
+
+def on_reference(source: Path, target: Path) -> Path:
+    """A copy of ``hello.c`` that asks for the reference device and a small pool."""
+    text = source.read_text()
+    for old, new in (
+        ("minipaged_request request;", "minipaged_engine_options options = MINIPAGED_ENGINE_OPTIONS_INIT;"),
+        ("sampling.temperature = 0;", 'options.device = "reference";\n    options.num_blocks = 16;'),
+    ):
+        assert text.count(old) == 1
+        text = text.replace(old, f"{old}\n    {new}")
+    assert text.count("argv[1], NULL)") == 1
+    target.write_text(text.replace("argv[1], NULL)", "argv[1], &options)"))
+    return target
 
 
 def test_ten_thousand_random_call_sequences(build):
