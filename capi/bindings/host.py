@@ -7,9 +7,13 @@ does all of that in turn.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
 import signal
 import threading
 
+import _minipaged_native as native
 from _minipaged_capi import ffi, lib
 from minipaged_capi.options import chat_text, sampling_params
 from minipaged_capi.sink import Sink
@@ -21,6 +25,15 @@ CANCEL, TEXT, TOKENS, CHAT = range(4)
 
 def text_of(data, size: int) -> str:
     return ffi.buffer(data, size)[:].decode("utf-8") if size else ""
+
+
+def crowded(engine) -> bool:
+    """Whether the engine computes on every core that this process may use."""
+    if engine.backend.name == "cuda":
+        return False
+    team = getattr(engine.runner.decoder, "team", None)
+    num_threads = engine.config.num_threads if team is None else team.num_threads
+    return num_threads is None or num_threads >= len(os.sched_getaffinity(0))  # None: NumPy's products take all
 
 
 class Host:
@@ -36,13 +49,19 @@ class Host:
         # Signals are for the program's own threads; a new thread has the mask of the one that starts it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            self.thread = EngineThread(self.model_engine)
+            # Nothing of this object: it would keep itself, and so the model, alive.
+            settle = functools.partial(native.settle, int(ffi.cast("uintptr_t", pointer)))
+            self.thread = EngineThread(self.model_engine, settle if crowded(self.model_engine) else None)
             self.bridge = threading.Thread(target=self.serve, name="minipaged-bridge", daemon=True)
             self.bridge.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def serve(self) -> None:
+        # Admitting is work, and whoever submits shall not wait for it: being woken, a thread of this policy does
+        # not take the core of the one that wakes it.
+        with contextlib.suppress(AttributeError, OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         while self.obey_one(wait=True):
             pass
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from _minipaged_capi import ffi, lib
-from _minipaged_native import push
+import _minipaged_native as native
+from _minipaged_capi import ffi
 from minipaged_capi.options import NUMERICAL, OK, explain
 
 FINISH_REASONS = {None: 0, "stop": 1, "length": 2, "abort": 3, "error": 4}
@@ -12,11 +12,10 @@ FINISH_REASONS = {None: 0, "stop": 1, "length": 2, "abort": 3, "error": 4}
 class Sink:
     """Takes a request's outputs on the engine's thread, and puts what is new into its record."""
 
-    __slots__ = ("engine", "address", "number", "known", "ended")
+    __slots__ = ("engine", "number", "known", "ended")
 
     def __init__(self, engine, number: int):
-        self.engine = engine
-        self.address = int(ffi.cast("uintptr_t", engine))
+        self.engine = int(ffi.cast("uintptr_t", engine))
         self.number = number
         self.known: dict[int, tuple[int, int, int]] = {}  # by choice: tokens, characters, log-probabilities
         self.ended: set[int] = set()
@@ -32,23 +31,22 @@ class Sink:
 
     def fail(self, error: BaseException) -> None:
         status, text = explain(error)
-        lib.mpx_end(self.engine, self.number, status, text, len(text), 0, 0, 0, 0, 0)
+        native.end(self.engine, self.number, status, text, 0, 0, 0, 0, 0)
 
     def deliver(self, output) -> None:
+        metrics = output.metrics
         for index, choice in enumerate(output.outputs):  # what is ranked has other numbers inside
-            self.push(index, choice, tell=not output.finished)
+            self.push(index, choice, nanoseconds(metrics.last_token_time), tell=not output.finished)
         if not output.finished:
             return
         if output.prompt_logprobs:
             self.push_logprobs(-1, output.prompt_token_ids, output.prompt_logprobs)
         error = (output.error or "").encode()
-        metrics = output.metrics
-        lib.mpx_end(
+        native.end(
             self.engine,
             self.number,
             NUMERICAL if error else OK,
             error,
-            len(error),
             len(output.prompt_token_ids),
             output.num_cached_tokens,
             metrics.num_preemptions,
@@ -56,7 +54,7 @@ class Sink:
             nanoseconds(metrics.first_token_time),
         )
 
-    def push(self, index: int, choice, tell: bool) -> None:
+    def push(self, index: int, choice, sampled_ns: int, tell: bool) -> None:
         tokens, characters, logprobs = self.known.get(index, (0, 0, 0))
         if choice.logprobs and len(choice.logprobs) > logprobs:
             self.push_logprobs(index, choice.token_ids[logprobs:], choice.logprobs[logprobs:])
@@ -68,35 +66,32 @@ class Sink:
         text = choice.text[characters:].encode()
         if new or text or ends:
             self.known[index] = len(choice.token_ids), len(choice.text), logprobs
-            push(self.address, self.number, index, new, text, tell)
+            native.push(self.engine, self.number, index, new, text, sampled_ns, tell)
 
     def end(self, index: int, choice) -> None:
         self.ended.add(index)
         stop = choice.stop_reason
         string = stop.encode() if isinstance(stop, str) else b""
-        lib.mpx_end_choice(
+        native.end_choice(
             self.engine,
             self.number,
             index,
             FINISH_REASONS[choice.finish_reason],
             stop if isinstance(stop, int) else -1,
             string,
-            len(string),
             choice.logprobs is not None,
             choice.cumulative_logprob or 0.0,
             getattr(choice, "beam_score", None) or 0.0,
         )
 
     def push_logprobs(self, index: int, token_ids, entries) -> None:
-        ids, ranks, values, counts = [], [], [], []
+        found, counts = [], []
         for token_id, entry in zip(token_ids, entries, strict=True):
             # The token that is there comes first, then the others by rank.
-            found = sorted((entry or {}).items(), key=lambda item: (item[0] != token_id, item[1].rank))
-            ids += [other for other, _ in found]
-            ranks += [logprob.rank for _, logprob in found]
-            values += [logprob.logprob for _, logprob in found]
-            counts.append(len(found))
-        lib.mpx_push_logprobs(self.engine, self.number, index, ids, ranks, values, counts, len(counts))
+            ranked = sorted((entry or {}).items(), key=lambda item: (item[0] != token_id, item[1].rank))
+            found += [(other, logprob.rank, logprob.logprob) for other, logprob in ranked]
+            counts.append(len(ranked))
+        native.push_logprobs(self.engine, self.number, index, found, counts)
 
 
 def nanoseconds(seconds: float | None) -> int:

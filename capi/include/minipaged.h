@@ -168,7 +168,7 @@ typedef struct minipaged_chunk {
     int32_t status;               /* with finished: MINIPAGED_OK, or the error that ended the request */
     int32_t reserved;
     const char *error;   /* with finished and an error: its text; else "" */
-    int64_t produced_ns; /* when the newest token was handed over by the engine, CLOCK_MONOTONIC */
+    int64_t produced_ns; /* when the newest token was sampled, CLOCK_MONOTONIC; 0 if there is none yet */
 } minipaged_chunk;
 
 /* Called with each chunk. A value other than 0 cancels the request, which then ends with one more chunk

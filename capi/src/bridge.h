@@ -38,14 +38,6 @@ int32_t mpx_own_interpreter(void);
 
 mpx_command *mpx_next_command(void *engine, int32_t wait);
 void mpx_free_command(mpx_command *command);
-void mpx_push_logprobs(void *engine, uint64_t request, int32_t choice, const int32_t *token_ids,
-                       const int32_t *ranks, const double *logprobs, const int32_t *counts, size_t num_positions);
-void mpx_end_choice(void *engine, uint64_t request, int32_t choice, int32_t finish_reason, int32_t stop_token_id,
-                    const char *stop_string, size_t size, int32_t has_logprobs, double cumulative_logprob,
-                    double beam_score);
-void mpx_end(void *engine, uint64_t request, int32_t status, const char *error, size_t size,
-             int64_t num_prompt_tokens, int64_t num_cached_tokens, int32_t num_preemptions,
-             int64_t first_scheduled_ns, int64_t first_token_ns);
 void mpx_log(int32_t level, const char *text, size_t size);
 int32_t mpx_log_level(void);
 void mpx_close_all(void);

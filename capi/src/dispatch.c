@@ -2,12 +2,14 @@
  *
  * A callback gets whatever is new in one choice, copied, and runs with no lock held and without the
  * interpreter's. A slow one delays the others of its engine, and gets its own output in larger pieces; the
- * engine computes on. */
+ * engine computes on (see mpx_settle). */
 
 #define _GNU_SOURCE
 #include "internal.h"
 
 #include <signal.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 static __thread int callback_depth;
 
@@ -99,13 +101,13 @@ static void call(mpx_engine *engine, mpx_request *request, scratch *copy)
     mpx_choice *choice = mpx_request_news(request);
     if ((!choice && !request->ended) || !fill(&chunk, request, choice, copy))
         return; /* nothing new after all; or no memory now: told with the next news */
-    request->dispatching = 1;
+    request->dispatching = engine->calling = 1;
     pthread_mutex_unlock(&engine->lock);
     mpx_callback_begins();
     answer = request->callback(&chunk, request->user_data);
     mpx_callback_ends();
     pthread_mutex_lock(&engine->lock);
-    request->dispatching = 0;
+    request->dispatching = engine->calling = 0;
     if (request->final_told) {
         request->final_done = 1;
         pthread_cond_broadcast(&request->changed);
@@ -164,10 +166,30 @@ void mpx_dispatch(mpx_engine *engine)
     free(copy.data);
 }
 
+/* Ask Linux (6.12 and newer; others do not mind) to let this thread run as soon as it is woken, for a short
+ * while, beside threads that compute. It would wait for the end of their slice else, which is milliseconds. */
+static void ask_for_short_slices(void)
+{
+#ifdef SYS_sched_setattr
+    struct {
+        uint32_t size, policy;
+        uint64_t flags;
+        int32_t nice;
+        uint32_t priority;
+        uint64_t slice, deadline, period; /* nanoseconds */
+    } attributes = {0};
+    if (syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) == 0 && attributes.policy == 0) {
+        attributes.slice = 100000;
+        syscall(SYS_sched_setattr, 0, &attributes, 0);
+    }
+#endif
+}
+
 static void *dispatcher(void *argument)
 {
     mpx_engine *engine = argument;
     scratch copy = {0};
+    ask_for_short_slices();
     pthread_mutex_lock(&engine->lock);
     for (;;) {
         run(engine, &copy);
@@ -180,12 +202,28 @@ static void *dispatcher(void *argument)
         } else if (engine->dispatcher_ends) {
             break;
         } else {
+            if (engine->settling)
+                pthread_cond_signal(&engine->calls_done);
             pthread_cond_wait(&engine->calls_changed, &engine->lock);
         }
     }
     pthread_mutex_unlock(&engine->lock);
     free(copy.data);
     return NULL;
+}
+
+/* Where compute takes every core, the dispatcher would not get one before the end of a slice, milliseconds into
+ * the next step. So the engine's thread lets it finish before that step begins, but waits for no slow callback. */
+void mpx_settle(mpx_engine *engine)
+{
+    struct timespec deadline = mpx_deadline_ns(MPX_SETTLE_NS);
+    int in_time = 1;
+    pthread_mutex_lock(&engine->lock);
+    engine->settling = 1;
+    while (in_time && (engine->calls.first || engine->calling))
+        in_time = pthread_cond_timedwait(&engine->calls_done, &engine->lock, &deadline) == 0;
+    engine->settling = 0;
+    pthread_mutex_unlock(&engine->lock);
 }
 
 int32_t mpx_dispatcher_start(mpx_engine *engine)

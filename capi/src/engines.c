@@ -31,6 +31,7 @@ int32_t mpx_engine_new(mpx_engine **engine, int32_t mode)
     pthread_mutex_init(&made->lock, NULL);
     mpx_cond_init(&made->commands_changed);
     mpx_cond_init(&made->calls_changed);
+    mpx_cond_init(&made->calls_done);
     mpx_cond_init(&made->ready_changed);
     pthread_mutex_lock(&registry_lock);
     made->serial = ++last_serial;
@@ -117,6 +118,7 @@ void mpx_engine_put(mpx_engine *engine)
     free(engine->buckets);
     pthread_cond_destroy(&engine->commands_changed);
     pthread_cond_destroy(&engine->calls_changed);
+    pthread_cond_destroy(&engine->calls_done);
     pthread_cond_destroy(&engine->ready_changed);
     pthread_mutex_destroy(&engine->lock);
     free(engine);

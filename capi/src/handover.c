@@ -119,10 +119,31 @@ static PyObject *end(PyObject *self, PyObject *arguments)
     Py_RETURN_NONE;
 }
 
+/* settle(engine): between two steps. Here the interpreter's lock is let go of, if there is anything to wait for:
+ * a callback may need it. */
+static PyObject *settle(PyObject *self, PyObject *address)
+{
+    mpx_engine *engine = engine_of(PyLong_AsUnsignedLongLong(address));
+    int due;
+    (void)self;
+    if (PyErr_Occurred())
+        return NULL;
+    pthread_mutex_lock(&engine->lock);
+    due = engine->calls.first || engine->calling;
+    pthread_mutex_unlock(&engine->lock);
+    if (due) {
+        Py_BEGIN_ALLOW_THREADS;
+        mpx_settle(engine);
+        Py_END_ALLOW_THREADS;
+    }
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {{"push", push, METH_VARARGS, NULL},
                                   {"push_logprobs", push_logprobs, METH_VARARGS, NULL},
                                   {"end_choice", end_choice, METH_VARARGS, NULL},
                                   {"end", end, METH_VARARGS, NULL},
+                                  {"settle", settle, METH_O, NULL},
                                   {NULL, NULL, 0, NULL}};
 
 int32_t mpx_handover_start(void)

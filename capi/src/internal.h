@@ -13,6 +13,7 @@
 #include "externs.h"
 
 #define MPX_EXPORT __attribute__((visibility("default")))
+#define MPX_SETTLE_NS 1000000 /* at most so long the engine's thread leaves its core to callbacks */
 #define MPX_MAX_STRUCT 65536 /* a struct_size above this is garbage, not a later version */
 
 /* ---- status.c: errors, text, time, fork ---- */
@@ -26,6 +27,7 @@ int32_t mpx_copy_out(const void *data, size_t count, size_t unit, int is_text, v
                      size_t *length);
 int64_t mpx_now_ns(void);
 struct timespec mpx_deadline(int64_t timeout_ms);
+struct timespec mpx_deadline_ns(int64_t timeout_ns);
 void mpx_cond_init(pthread_cond_t *cond);
 int mpx_forked(void);
 int32_t mpx_fail_forked(void);
@@ -93,7 +95,7 @@ typedef struct mpx_engine {
     struct mpx_engine *registry_next;
 
     pthread_mutex_t lock; /* everything below */
-    pthread_cond_t commands_changed, calls_changed, ready_changed;
+    pthread_cond_t commands_changed, calls_changed, calls_done, ready_changed;
     mpx_command *first_command, *last_command;
     mpx_request **buckets;
     size_t num_buckets, num_records, num_held;
@@ -101,6 +103,8 @@ typedef struct mpx_engine {
     mpx_list calls; /* with news, and a callback */
     mpx_list ready; /* with news, and none */
     mpx_request *dead; /* to be destroyed without the lock: they have user data to free */
+    int calls_told, ready_told; /* their waiters are to be woken, by mpx_unlock */
+    int calling, settling;      /* a callback runs; the engine's thread waits for the end of all that are due */
     int closing, dispatcher_ends, has_dispatcher, stepping;
     pthread_t dispatcher;
 } mpx_engine;
@@ -125,8 +129,19 @@ void mpx_request_collect(mpx_engine *engine, mpx_request *request);
 void mpx_request_end(mpx_engine *engine, mpx_request *request, int32_t status, const char *error, size_t size);
 int32_t mpx_request_cancel(mpx_engine *engine, mpx_request *request);
 int32_t mpx_request_release(mpx_engine *engine, mpx_request *request);
-void mpx_push(void *engine, uint64_t request, int32_t choice, const int32_t *token_ids, size_t num_tokens,
-              const char *text, size_t size, int32_t tell); /* locks by itself */
+/* What the engine's thread hands over; these lock by themselves, and do nothing for a request that is gone. */
+void mpx_push(mpx_engine *engine, uint64_t request, int32_t choice, const int32_t *token_ids, size_t num_tokens,
+              const char *text, size_t size, int64_t sampled_ns, int32_t tell);
+void mpx_push_logprobs(mpx_engine *engine, uint64_t request, int32_t choice, const minipaged_logprob *entries,
+                       size_t num_entries, const size_t *counts, size_t num_positions);
+void mpx_end_choice(mpx_engine *engine, uint64_t request, int32_t choice, int32_t finish_reason,
+                    int32_t stop_token_id, const char *stop_string, size_t size, int32_t has_logprobs,
+                    double cumulative_logprob, double beam_score);
+/* Of `facts` counts and times are taken. */
+void mpx_end(mpx_engine *engine, uint64_t request, int32_t status, const char *error, size_t size,
+             const minipaged_request_info *facts);
+void mpx_unlock(mpx_engine *engine); /* where news may have been told: wakes who waits for them */
+
 int mpx_choice_has_news(const mpx_choice *choice);
 mpx_choice *mpx_request_news(mpx_request *request); /* the first choice with output not given out yet */
 void mpx_list_remove(mpx_list *list, mpx_request *request);
@@ -138,6 +153,7 @@ void mpx_callback_ends(void);
 int32_t mpx_fail_in_callback(const char *function);
 int32_t mpx_dispatcher_start(mpx_engine *engine);
 void mpx_destroy_dead(mpx_request *first);
+void mpx_settle(mpx_engine *engine); /* give the dispatcher a moment to run what is due */
 void mpx_dispatch(mpx_engine *engine); /* run the callbacks that are due, on this thread */
 
 /* log.c */
@@ -148,6 +164,10 @@ int mpx_log_waiting(void);
 
 /* python.c */
 int32_t mpx_python_start(void);
+
+/* handover.c */
+int32_t mpx_handover_start(void); /* with a running interpreter */
+
 int mpx_cffi_start(void); /* in the C file that cffi makes */
 
 #endif

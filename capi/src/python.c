@@ -169,47 +169,6 @@ static int32_t check_packages(const char *packages)
     return status;
 }
 
-/* push(engine, request, choice, token_ids, text, tell): mpx_push for Python.
- *
- * Unlike the functions that cffi makes it keeps the interpreter's lock: letting go of it at each token would hand
- * it to whoever waits, in the middle of a step's results, and take up to milliseconds to come back. */
-static PyObject *push(PyObject *self, PyObject *arguments)
-{
-    unsigned long long engine, request;
-    int choice, tell;
-    PyObject *list;
-    const char *text;
-    Py_ssize_t size, count;
-    int32_t few[64], *token_ids = few;
-    (void)self;
-    if (!PyArg_ParseTuple(arguments, "KKiO!y#p", &engine, &request, &choice, &PyList_Type, &list, &text, &size, &tell))
-        return NULL;
-    count = PyList_GET_SIZE(list);
-    if (count > 64 && !(token_ids = PyMem_Malloc((size_t)count * sizeof *token_ids)))
-        return PyErr_NoMemory();
-    for (Py_ssize_t i = 0; i < count; i++)
-        token_ids[i] = (int32_t)PyLong_AsLong(PyList_GET_ITEM(list, i));
-    if (!PyErr_Occurred())
-        mpx_push((void *)(uintptr_t)engine, request, choice, token_ids, (size_t)count, text, (size_t)size, tell);
-    if (token_ids != few)
-        PyMem_Free(token_ids);
-    if (PyErr_Occurred())
-        return NULL;
-    Py_RETURN_NONE;
-}
-
-static PyMethodDef native[] = {{"push", push, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
-
-static int32_t add_native(void)
-{
-    PyGILState_STATE state = PyGILState_Ensure();
-    PyObject *module = PyImport_AddModule("_minipaged_native"); /* borrowed */
-    int failure = !module || PyModule_AddFunctions(module, native) < 0;
-    PyErr_Clear();
-    PyGILState_Release(state);
-    return failure ? mpx_fail(MINIPAGED_ERROR_MEMORY, "out of memory.") : MINIPAGED_OK;
-}
-
 static int32_t start(void)
 {
     char packages[PATH_MAX], executable[PATH_MAX];
@@ -221,7 +180,7 @@ static int32_t start(void)
         ((status = find_executable(executable, packages)) || (status = initialize(executable))))
         return status;
     mpx_mark_started();
-    if ((status = check_packages(packages)) || (status = add_native()))
+    if ((status = check_packages(packages)) || (status = mpx_handover_start()))
         return status;
     if (mpx_cffi_start() < 0 || start_status) {
         failed = 1;

@@ -137,7 +137,7 @@ void mpx_list_remove(mpx_list *list, mpx_request *request)
     request->in_list = 0;
 }
 
-/* Wake whoever wants to know of new output or of the end. */
+/* Have whoever wants to know of new output or of the end woken, by mpx_unlock. */
 static void tell(mpx_engine *engine, mpx_request *request)
 {
     mpx_list *list = request->callback ? &engine->calls : &engine->ready;
@@ -148,7 +148,19 @@ static void tell(mpx_engine *engine, mpx_request *request)
     *(list->last ? &list->last->next : &list->first) = request;
     list->last = request;
     request->in_list = 1;
-    pthread_cond_signal(request->callback ? &engine->calls_changed : &engine->ready_changed);
+    *(request->callback ? &engine->calls_told : &engine->ready_told) = 1;
+}
+
+/* Whoever is woken needs the lock, and may take this thread's core at once: so the lock goes first. */
+void mpx_unlock(mpx_engine *engine)
+{
+    int calls = engine->calls_told, ready = engine->ready_told;
+    engine->calls_told = engine->ready_told = 0;
+    pthread_mutex_unlock(&engine->lock);
+    if (calls)
+        pthread_cond_signal(&engine->calls_changed);
+    if (ready)
+        pthread_cond_signal(&engine->ready_changed);
 }
 
 /* ---- what callers do ---- */
@@ -239,7 +251,7 @@ static mpx_choice *begin(mpx_engine *engine, uint64_t id, int32_t index, mpx_req
             return choice;
         mpx_request_end(engine, *request, MINIPAGED_ERROR_MEMORY, "out of memory.", 14);
     }
-    pthread_mutex_unlock(&engine->lock);
+    mpx_unlock(engine);
     return NULL;
 }
 
@@ -249,10 +261,9 @@ static void out_of_memory(mpx_engine *engine, mpx_request *request)
     mpx_request_end(engine, request, MINIPAGED_ERROR_MEMORY, "out of memory.", 14);
 }
 
-void mpx_push(void *handle, uint64_t id, int32_t index, const int32_t *token_ids, size_t num_tokens,
-              const char *text, size_t size, int32_t now)
+void mpx_push(mpx_engine *engine, uint64_t id, int32_t index, const int32_t *token_ids, size_t num_tokens,
+              const char *text, size_t size, int64_t sampled_ns, int32_t now)
 {
-    mpx_engine *engine = handle;
     mpx_request *request;
     mpx_choice *choice = begin(engine, id, index, &request);
     if (!choice)
@@ -267,49 +278,40 @@ void mpx_push(void *handle, uint64_t id, int32_t index, const int32_t *token_ids
         choice->num_tokens += num_tokens;
         choice->text_size += size;
         choice->text[choice->text_size] = 0;
-        request->produced_ns = mpx_now_ns();
+        request->produced_ns = sampled_ns;
         if (now)
             tell(engine, request);
     }
-    pthread_mutex_unlock(&engine->lock);
+    mpx_unlock(engine);
 }
 
-void mpx_push_logprobs(void *handle, uint64_t id, int32_t index, const int32_t *token_ids, const int32_t *ranks,
-                       const double *logprobs, const int32_t *counts, size_t num_positions)
+void mpx_push_logprobs(mpx_engine *engine, uint64_t id, int32_t index, const minipaged_logprob *entries,
+                       size_t num_entries, const size_t *counts, size_t num_positions)
 {
-    mpx_engine *engine = handle;
     mpx_request *request;
-    size_t total = 0;
     mpx_choice *choice = begin(engine, id, index, &request);
     if (!choice)
         return;
-    for (size_t i = 0; i < num_positions; i++)
-        total += (size_t)counts[i];
-    if (!reserve(&choice->logprobs, &choice->logprob_capacity, choice->num_logprobs, total,
+    if (!reserve(&choice->logprobs, &choice->logprob_capacity, choice->num_logprobs, num_entries,
                  sizeof(minipaged_logprob)) ||
         !reserve(&choice->logprob_ends, &choice->position_capacity, choice->num_positions, num_positions,
                  sizeof(size_t))) {
         out_of_memory(engine, request);
     } else {
-        for (size_t i = 0; i < total; i++) {
-            minipaged_logprob *to = &choice->logprobs[choice->num_logprobs + i];
-            to->token_id = token_ids[i];
-            to->rank = ranks[i];
-            to->logprob = logprobs[i];
-        }
+        if (num_entries)
+            memcpy(choice->logprobs + choice->num_logprobs, entries, num_entries * sizeof *entries);
         for (size_t i = 0; i < num_positions; i++) {
-            choice->num_logprobs += (size_t)counts[i];
+            choice->num_logprobs += counts[i];
             choice->logprob_ends[choice->num_positions++] = choice->num_logprobs;
         }
     }
-    pthread_mutex_unlock(&engine->lock);
+    mpx_unlock(engine);
 }
 
-void mpx_end_choice(void *handle, uint64_t id, int32_t index, int32_t finish_reason, int32_t stop_token_id,
+void mpx_end_choice(mpx_engine *engine, uint64_t id, int32_t index, int32_t finish_reason, int32_t stop_token_id,
                     const char *stop_string, size_t size, int32_t has_logprobs, double cumulative_logprob,
                     double beam_score)
 {
-    mpx_engine *engine = handle;
     mpx_request *request;
     mpx_choice *choice = begin(engine, id, index, &request);
     if (!choice)
@@ -325,7 +327,7 @@ void mpx_end_choice(void *handle, uint64_t id, int32_t index, int32_t finish_rea
         choice->cumulative_logprob = cumulative_logprob;
         choice->beam_score = beam_score;
     }
-    pthread_mutex_unlock(&engine->lock);
+    mpx_unlock(engine);
 }
 
 void mpx_request_end(mpx_engine *engine, mpx_request *request, int32_t status, const char *error, size_t size)
@@ -344,20 +346,19 @@ void mpx_request_end(mpx_engine *engine, mpx_request *request, int32_t status, c
     mpx_request_collect(engine, request);
 }
 
-void mpx_end(void *handle, uint64_t id, int32_t status, const char *error, size_t size, int64_t num_prompt_tokens,
-             int64_t num_cached_tokens, int32_t num_preemptions, int64_t first_scheduled_ns, int64_t first_token_ns)
+void mpx_end(mpx_engine *engine, uint64_t id, int32_t status, const char *error, size_t size,
+             const minipaged_request_info *facts)
 {
-    mpx_engine *engine = handle;
     mpx_request *request;
     pthread_mutex_lock(&engine->lock);
     request = mpx_request_find(engine, id);
     if (request && !request->ended) {
-        request->info.num_prompt_tokens = num_prompt_tokens;
-        request->info.num_cached_tokens = num_cached_tokens;
-        request->info.num_preemptions = num_preemptions;
-        request->info.first_scheduled_ns = first_scheduled_ns;
-        request->info.first_token_ns = first_token_ns;
+        request->info.num_prompt_tokens = facts->num_prompt_tokens;
+        request->info.num_cached_tokens = facts->num_cached_tokens;
+        request->info.num_preemptions = facts->num_preemptions;
+        request->info.first_scheduled_ns = facts->first_scheduled_ns;
+        request->info.first_token_ns = facts->first_token_ns;
         mpx_request_end(engine, request, status, error, size);
     }
-    pthread_mutex_unlock(&engine->lock);
+    mpx_unlock(engine);
 }

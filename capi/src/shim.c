@@ -3,6 +3,10 @@
 
 #include "internal.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #define NO_ANSWER (-1000) /* what a reply holds until Python writes to it */
 
 /* Make a call that takes &reply. */
@@ -55,7 +59,15 @@ static void end_all(mpx_engine *engine)
             next = request->hash_next;
             mpx_request_end(engine, request, MINIPAGED_OK, "", 0);
         }
-    pthread_mutex_unlock(&engine->lock);
+    mpx_unlock(engine);
+}
+
+/* malloc keeps what is freed. An engine is large, and its pieces lie in the heaps of several threads. */
+static void give_memory_back(void)
+{
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 static int32_t close_engine(mpx_engine *engine)
@@ -79,6 +91,7 @@ static int32_t close_engine(mpx_engine *engine)
     } else {
         mpx_dispatch(engine);
     }
+    give_memory_back();
     return reply.status;
 }
 

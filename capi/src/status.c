@@ -171,12 +171,14 @@ int64_t mpx_now_ns(void)
 
 struct timespec mpx_deadline(int64_t timeout_ms)
 {
-    struct timespec deadline;
     const int64_t longest = (int64_t)1000 * 60 * 60 * 24 * 365 * 10; /* milliseconds; time_t must not overflow */
-    int64_t ns;
-    if (timeout_ms > longest)
-        timeout_ms = longest;
-    ns = mpx_now_ns() + timeout_ms * 1000000;
+    return mpx_deadline_ns((timeout_ms > longest ? longest : timeout_ms) * 1000000);
+}
+
+struct timespec mpx_deadline_ns(int64_t timeout_ns)
+{
+    int64_t ns = mpx_now_ns() + timeout_ns;
+    struct timespec deadline;
     deadline.tv_sec = (time_t)(ns / 1000000000);
     deadline.tv_nsec = (long)(ns % 1000000000);
     return deadline;

@@ -109,7 +109,7 @@ static void read_all(minipaged_request request, int prompt, int length)
     reader.token_capacity = 3;
     reader.text = text;
     reader.text_capacity = sizeof text;
-    while ((status = minipaged_request_read(engine, request, &reader, 20000)) == MINIPAGED_OK) {
+    while ((status = minipaged_request_read(engine, request, &reader, 600000)) == MINIPAGED_OK) {
         if (done + reader.num_tokens > (size_t)length ||
             memcmp(tokens, alone[prompt] + done, (size_t)reader.num_tokens * sizeof *tokens))
             FAIL("prompt %d: tokens read differ from alone", prompt);

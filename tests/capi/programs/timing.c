@@ -12,8 +12,8 @@
 enum { MAX_SAMPLES = 1 << 20, MAX_USERS = 256, MAX_SUBMITS = 4096 };
 
 static minipaged_engine *engine;
-static double handover[MAX_SAMPLES]; /* microseconds from the engine's hand-over of a token to its callback */
-static long num_handovers;
+static double delays[MAX_SAMPLES]; /* microseconds from sampling a token to its callback */
+static long num_delays, num_late; /* late: a newer token was there when its callback came */
 
 static int64_t now_ns(void)
 {
@@ -46,8 +46,10 @@ static int32_t on_busy(const minipaged_chunk *chunk, void *user_data)
 {
     int64_t now = now_ns();
     (void)user_data;
-    if (chunk->num_tokens && num_handovers < MAX_SAMPLES)
-        handover[num_handovers++] = (double)(now - chunk->produced_ns) / 1e3;
+    if (chunk->num_tokens && num_delays < MAX_SAMPLES) {
+        delays[num_delays++] = (double)(now - chunk->produced_ns) / 1e3;
+        num_late += (long)chunk->num_tokens - 1;
+    }
     return 0;
 }
 
@@ -100,7 +102,7 @@ static void latency(int users, int submits)
     minipaged_request busy[MAX_USERS], requests[MAX_SUBMITS];
     int i;
     long num_first = 0;
-    num_handovers = 0;
+    num_delays = num_late = 0;
     for (i = 0; i < users; i++)
         submit(&busy[i], i, 900, on_busy, NULL);
     usleep(1000000);
@@ -127,10 +129,10 @@ static void latency(int users, int submits)
     printf("{");
     print_quantiles("submit_us", took, submits);
     printf(", ");
-    print_quantiles("sampled_to_callback_us", first, num_first);
+    print_quantiles("first_token_to_callback_us", first, num_first);
     printf(", ");
-    print_quantiles("handed_over_to_callback_us", handover, num_handovers);
-    printf("}\n");
+    print_quantiles("token_to_callback_us", delays, num_delays);
+    printf(", \"late\": %ld}\n", num_late);
 }
 
 int main(int argc, char **argv)
