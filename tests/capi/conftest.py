@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from minipaged import LLM
 from tests.support.capi import Api, Build
 
 
@@ -23,3 +24,10 @@ def engine(api):
     handle = api.create()
     yield handle
     api.check(api.engine_destroy(handle))
+
+
+@pytest.fixture(scope="module")
+def llm():
+    """The same model from Python."""
+    with LLM("tiny-draft", device="reference", num_blocks=256) as llm:
+        yield llm

@@ -77,15 +77,17 @@ def test_dead_and_false_requests(api, engine):
         assert api.request_text(engine, number, 0, api.ffi.NULL, 0, api.ffi.NULL) == NOT_FOUND
 
 
-def test_freeing_wakes_who_waits(api, engine):
-    sampling = api.struct("sampling", max_tokens=400, ignore_eos=1)
-    request, status = api.submit(engine, "LONG\n", sampling), []
+def test_freeing_wakes_who_waits(api):
+    engine = api.create(mode=1)  # nobody steps: it does not end by itself
+    request, status = api.submit(engine, "LONG\n"), []
     thread = threading.Thread(target=lambda: status.append(api.wait(engine, request, api.FOREVER)))
     thread.start()
     thread.join(0.1)
+    assert thread.is_alive()
     api.check(api.request_free(engine, request))
     thread.join(20)
     assert status == [NOT_FOUND]
+    api.check(api.engine_destroy(engine))
 
 
 @pytest.mark.parametrize("size", [0, 1, 3, 5, 7, 66, 2**32 - 1])
@@ -340,7 +342,7 @@ def test_an_engine_that_dies_tells_everyone(api, monkeypatch):
     """Here the interpreter is the tests' own, so the engine's step can be broken from outside."""
     from minipaged.engine import Engine
 
-    def broken(self):
+    def broken(self, deliver=None):
         raise RuntimeError("the machine is on fire")
 
     for mode in (0, 1):

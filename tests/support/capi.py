@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +21,7 @@ import build_capi  # noqa: E402
 
 STRICT = ("-g", "-pedantic", "-Wall", "-Wextra", "-Werror", "-pthread")
 PROGRAMS = ROOT / "tests" / "capi" / "programs"
+PROMPTS = ["ROMEO:\n", "Where is the king?", "SCENE 2. A street.\n", "Caf\u00e9 \u2603 \U0001f600"]
 EXAMPLES = ROOT / "capi" / "examples"
 
 
@@ -155,3 +158,47 @@ class Api:
 
 
 _ALIVE: dict = weakref.WeakKeyDictionary()
+
+
+class Listener:
+    """Collects the chunks of requests; ``answer`` may decide what the callback returns."""
+
+    def __init__(self, api, answer=None):
+        self.chunks: list[dict] = []
+        self.answer = answer
+        self.threads = set()
+        self.ffi = api.ffi
+        self.callback = api.ffi.callback("minipaged_chunk_fn", self.take, onerror=self.note, error=1)
+        self.errors = []
+
+    def note(self, kind, error, trace):
+        self.errors.append(error)
+
+    def take(self, chunk, user_data):
+        self.threads.add(threading.get_ident())
+        self.chunks.append(
+            {
+                "request": chunk.request,
+                "choice": chunk.choice,
+                "tokens": self.ffi.unpack(chunk.token_ids, chunk.num_tokens) if chunk.num_tokens else [],
+                "text": self.ffi.buffer(chunk.text, chunk.text_length)[:].decode(),
+                "reason": chunk.choice_finish_reason,
+                "finished": chunk.finished,
+                "status": chunk.status,
+                "error": self.ffi.string(chunk.error).decode(),
+            }
+        )
+        return self.answer(chunk) if self.answer else 0
+
+    def tokens(self, choice: int = 0) -> list[int]:
+        return [token for chunk in self.chunks if chunk["choice"] == choice for token in chunk["tokens"]]
+
+    def text(self, choice: int = 0) -> str:
+        return "".join(chunk["text"] for chunk in self.chunks if chunk["choice"] == choice)
+
+
+def wait_until(condition, seconds: float = 20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
