@@ -26,7 +26,8 @@
  * cancel, wait, poll, read, result and free functions never touch the Python interpreter inside and do
  * not wait for the engine; tokenize, detokenize, chat_prompt, stats, create and destroy take its global
  * lock, and stats waits for the end of the running step. The interpreter is never torn down; what it
- * holds is given back to the system when the process ends.
+ * holds is given back to the system when the process ends. create runs Python on the calling thread, and may
+ * compile: give that thread a stack as main has it, 8 MiB. pthread_cancel takes effect after a call, not in it.
  *
  * CALLBACKS run on one dispatcher thread of the engine (in step mode: on the thread inside
  * minipaged_engine_step), never on the compute thread, in token order within a request, one at a time

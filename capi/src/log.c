@@ -45,6 +45,15 @@ int32_t mpx_log_level(void)
     return __atomic_load_n(&minimum, __ATOMIC_RELAXED);
 }
 
+/* Wait for whoever delivers; a thread that is cancelled meanwhile would keep the lock. */
+static void wait_for_delivery(void)
+{
+    int before;
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
+    pthread_cond_wait(&delivered, &lock);
+    pthread_setcancelstate(before, NULL);
+}
+
 static message *take(void)
 {
     message *taken = first;
@@ -62,7 +71,7 @@ void mpx_log_deliver(void)
     message *taken;
     pthread_mutex_lock(&lock);
     while (delivering && !pthread_equal(deliverer, pthread_self()))
-        pthread_cond_wait(&delivered, &lock); /* what waits may be ours, and is due before our call returns */
+        wait_for_delivery(); /* what waits may be ours, and is due before our call returns */
     while (!delivering && (taken = take())) {
         minipaged_log_fn function = callback;
         void *data = callback_data;
@@ -119,7 +128,7 @@ MPX_EXPORT int32_t minipaged_set_log_callback(minipaged_log_fn function, int32_t
         return mpx_fail_forked();
     pthread_mutex_lock(&lock);
     while (delivering && !pthread_equal(deliverer, pthread_self()))
-        pthread_cond_wait(&delivered, &lock);
+        wait_for_delivery();
     callback = function;
     callback_data = user_data;
     __atomic_store_n(&minimum, function ? level : MINIPAGED_LOG_ERROR + 1, __ATOMIC_RELAXED);

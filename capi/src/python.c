@@ -98,10 +98,23 @@ static void promote_libpython(void)
         dlopen(info.dli_fname, RTLD_NOW | RTLD_GLOBAL | RTLD_NOLOAD);
 }
 
+static int32_t cannot_start(const char *executable, PyStatus status)
+{
+    failed = 1;
+    return mpx_fail(MINIPAGED_ERROR_PYTHON, "the Python of %s cannot start: %s.", executable,
+                    status.err_msg ? status.err_msg : "it gave no reason");
+}
+
 static int32_t initialize(const char *executable)
 {
+    PyPreConfig before;
     PyConfig config;
     PyStatus status;
+    PyPreConfig_InitIsolatedConfig(&before);
+    before.utf8_mode = 1; /* a C program that sets no locale has one in which paths are ASCII */
+    status = Py_PreInitialize(&before);
+    if (PyStatus_Exception(status))
+        return cannot_start(executable, status);
     PyConfig_InitIsolatedConfig(&config);
     config.install_signal_handlers = 0;
     status = PyConfig_SetBytesString(&config, &config.program_name, executable);
@@ -110,11 +123,8 @@ static int32_t initialize(const char *executable)
     if (!PyStatus_Exception(status))
         status = Py_InitializeFromConfig(&config);
     PyConfig_Clear(&config);
-    if (PyStatus_Exception(status)) {
-        failed = 1;
-        return mpx_fail(MINIPAGED_ERROR_PYTHON, "the Python of %s cannot start: %s.", executable,
-                        status.err_msg ? status.err_msg : "it gave no reason");
-    }
+    if (PyStatus_Exception(status))
+        return cannot_start(executable, status);
     PyEval_SaveThread();
     own = 1;
     return MINIPAGED_OK;

@@ -29,9 +29,14 @@ static int32_t leave(mpx_engine *engine, int32_t status)
 /* Wait on a condition; 0 when the time is over. */
 static int wait_on(pthread_cond_t *cond, pthread_mutex_t *lock, int64_t timeout_ms, const struct timespec *deadline)
 {
+    int before, in_time = 1;
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before); /* a thread that ends here would keep the lock */
     if (timeout_ms < 0)
-        return pthread_cond_wait(cond, lock), 1;
-    return pthread_cond_timedwait(cond, lock, deadline) == 0;
+        pthread_cond_wait(cond, lock);
+    else
+        in_time = pthread_cond_timedwait(cond, lock, deadline) == 0;
+    pthread_setcancelstate(before, NULL);
+    return in_time;
 }
 
 static int32_t ending(const mpx_request *request)

@@ -12,6 +12,8 @@
 /* Make a call that takes &reply. */
 #define PYTHON(call)                                                                                           \
     do {                                                                                                       \
+        int uncancelled; /* a thread that ends inside Python would keep its lock */                            \
+        pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &uncancelled);                                          \
         reply = (mpx_reply){NO_ANSWER, 0, NULL, 0};                                                            \
         mpx_call_begins();                                                                                     \
         call;                                                                                                  \
@@ -19,6 +21,7 @@
         if (reply.status == NO_ANSWER)                                                                         \
             reply.status = mpx_fail(MINIPAGED_ERROR_INTERNAL,                                                  \
                                     "the Python side gave no answer; a traceback may be on stderr.");          \
+        pthread_setcancelstate(uncancelled, NULL);                                                             \
     } while (0)
 
 void mpx_reply_error(mpx_reply *reply, int32_t status, const char *text, size_t size)
@@ -73,6 +76,7 @@ static void give_memory_back(void)
 static int32_t close_engine(mpx_engine *engine)
 {
     mpx_reply reply;
+    int before;
     pthread_mutex_lock(&engine->lock);
     engine->closing = 1;
     pthread_cond_broadcast(&engine->commands_changed);
@@ -87,7 +91,9 @@ static int32_t close_engine(mpx_engine *engine)
         engine->dispatcher_ends = 1;
         pthread_cond_signal(&engine->calls_changed);
         pthread_mutex_unlock(&engine->lock);
+        pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before); /* to be cancelled while joining is to join never */
         pthread_join(engine->dispatcher, NULL);
+        pthread_setcancelstate(before, NULL);
     } else {
         mpx_dispatch(engine);
     }
@@ -144,6 +150,7 @@ MPX_EXPORT int32_t minipaged_engine_create(minipaged_engine **handle, const char
     mpx_engine *engine;
     size_t size = MINIPAGED_ZSTRING;
     char *json;
+    int before;
     int32_t status;
     if (!handle)
         return mpx_fail(MINIPAGED_ERROR_ARGUMENT, "engine is NULL; it must point to where the handle is put.");
@@ -162,7 +169,9 @@ MPX_EXPORT int32_t minipaged_engine_create(minipaged_engine **handle, const char
     if ((options.json && (status = mpx_check_text("minipaged_engine_options.json", options.json, &size))) ||
         (status = mpx_engine_options_json(&options, &json, &size)))
         return status;
+    pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &before);
     status = create(&engine, model, &options, json);
+    pthread_setcancelstate(before, NULL);
     free(json);
     if (!status)
         *handle = mpx_engine_handle(engine);

@@ -225,7 +225,7 @@ def test_dlopen_with_local_symbols(build):
     assert (done.returncode, done.stdout) == (0, "interface 1000000\n"), done.stderr
 
 
-@pytest.mark.parametrize("what", ["fork", "fork-first", "exit", "exit-in-callback", "again"])
+@pytest.mark.parametrize("what", ["fork", "fork-first", "exit", "exit-in-callback", "cancel", "again"])
 def test_lives(build, lifecycle, what):
     done = build.run(lifecycle, what, "tiny-draft", "4")
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
@@ -234,6 +234,15 @@ def test_lives(build, lifecycle, what):
 def test_variables_for_another_python_are_not_looked_at(build, lifecycle):
     bad = {"PYTHONHOME": "/nonexistent", "PYTHONPATH": "/nonexistent", "PYTHONSTARTUP": "/nonexistent"}
     assert build.run(lifecycle, "create", "tiny-draft", env=bad).returncode == 0
+
+
+def test_a_path_beyond_ascii_needs_no_locale(build, programs, tmp_path):
+    from minipaged.model import catalog
+
+    path = tmp_path / "mod\u00e8le"
+    shutil.copytree(catalog.resolve("tiny-draft"), path)
+    done = build.run(programs["hello"], str(path), "Caf\u00e9", env={"LANG": "C", "LC_ALL": "C"})
+    assert done.returncode == 0 and done.stdout.startswith("Caf\u00e9"), done.stderr
 
 
 def test_an_interpreter_that_cannot_start(build, lifecycle, tmp_path):

@@ -1,6 +1,7 @@
 /* What a process can do to the library besides calling it well. Usage: lifecycle WHAT MODEL [N] */
 #define _GNU_SOURCE
 #include <minipaged.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -91,6 +92,39 @@ static int32_t ignore(const minipaged_chunk *chunk, void *user_data)
     return 0;
 }
 
+static void *wait_for_ever(void *argument)
+{
+    void **both = (void **)argument;
+    minipaged_request request;
+    memcpy(&request, both[1], sizeof request);
+    minipaged_wait((minipaged_engine *)both[0], request, MINIPAGED_FOREVER);
+    pthread_testcancel();
+    return NULL;
+}
+
+/* A thread that is cancelled while it waits keeps nothing that others need. */
+static int cancel_a_waiting_thread(void)
+{
+    minipaged_engine *engine = create();
+    minipaged_request request, next;
+    void *both[2], *ended;
+    pthread_t thread;
+    if (!engine || submit(engine, &request, NULL))
+        return 1;
+    both[0] = engine;
+    both[1] = &request;
+    if (pthread_create(&thread, NULL, wait_for_ever, both))
+        return 2;
+    usleep(2000);
+    pthread_cancel(thread);
+    if (submit(engine, &next, NULL) || minipaged_wait(engine, next, MINIPAGED_FOREVER) ||
+        minipaged_wait(engine, request, MINIPAGED_FOREVER))
+        return 3;
+    if (pthread_join(thread, &ended) || ended != PTHREAD_CANCELED)
+        return 4;
+    return minipaged_engine_destroy(engine) != 0;
+}
+
 static long resident_kib(void)
 {
     long pages = 0;
@@ -134,6 +168,8 @@ int main(int argc, char **argv)
         return fork_it();
     if (!strcmp(what, "fork-first"))
         return fork_first();
+    if (!strcmp(what, "cancel"))
+        return cancel_a_waiting_thread();
     if (!strcmp(what, "again"))
         return again_and_again(argc > 3 ? atoi(argv[3]) : 10);
     engine = create();
