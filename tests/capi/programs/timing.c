@@ -1,6 +1,6 @@
 /* Speed of the library. Usage: timing MODEL, then commands on stdin, each answered by one line:
  *   round USERS LENGTH       seconds for USERS requests of LENGTH tokens at once, waited for
- *   latency USERS SUBMITS    beside USERS busy streams: submit, and from a token to its callback */
+ *   latency USERS SUBMITS    beside USERS busy streams: submit, and from sampling a token to its callback */
 #define _GNU_SOURCE
 #include <minipaged.h>
 #include <stdio.h>
