@@ -7,8 +7,6 @@ import itertools
 import time
 from collections.abc import Callable
 
-import numpy as np
-
 from minipaged import backends, speculation
 from minipaged.beam_group import BeamGroup
 from minipaged.config import EngineConfig, SamplingParams
@@ -17,7 +15,6 @@ from minipaged.core.request import Request
 from minipaged.core.scheduler import SchedulerConfig, SchedulerOutput
 from minipaged.errors import (
     InvalidParameterError,
-    MinipagedError,
     NumericalError,
     RequestError,
     TraceError,
@@ -25,12 +22,12 @@ from minipaged.errors import (
 )
 from minipaged.live_sequences import LiveSequences
 from minipaged.model.loader import LoadedModel, load_model
-from minipaged.output_builder import OutputBuilder, logprob_entry
+from minipaged.model.sampling_defaults import default_sampling_params
+from minipaged.output_builder import OutputBuilder
 from minipaged.outputs import EngineStats, RequestOutput
 from minipaged.prompt import tokenize
 from minipaged.runner import Runner, StepLogits
 from minipaged.sampling.grammar import Grammar, GrammarCompiler
-from minipaged.sampling.logprobs import prompt_logprobs
 from minipaged.sampling.sampler import SampledToken, Sampler
 from minipaged.sampling.seeds import derived_seed
 from minipaged.sampling.state import SamplingState
@@ -340,40 +337,10 @@ class Engine:
         failed = {}
         for sequence_id, (first, rows) in logits.prompt_rows.items():
             try:
-                self._add_prompt_logprobs(self._live[sequence_id].group, first, logits.logits[rows])
+                self._live[sequence_id].group.take_prompt_rows(first, logits.logits[rows], self.model.tokenizer)
             except NumericalError as error:
                 failed[sequence_id] = str(error)
         return failed
-
-    def _add_prompt_logprobs(self, group: SequenceGroup, first: int, rows: np.ndarray) -> None:
-        """Entries for the prompt positions from ``first`` on that are not known yet (a preempted
-        request computes its prompt again, and must not report it twice)."""
-        known = len(group.prompt_logprobs) - 1
-        rows = rows[max(known - first, 0) :]
-        if len(rows):
-            targets = group.prompt_token_ids[known + 1 : known + 1 + len(rows)]
-            tokens = prompt_logprobs(rows, targets, group.params.prompt_logprobs)
-            group.prompt_logprobs += [logprob_entry(token, self.model.tokenizer) for token in tokens]
-
-    # -- pictures: minipaged.view, which is imported when it is asked for ------------------------------
-
-    def start_trace(self, max_steps: int | None = None) -> None:
-        """Record every step from now on, or ``max_steps``. Raises :class:`TraceError` if that goes on already."""
-        from minipaged.view import recording
-
-        recording.start(self, max_steps)
-
-    def stop_trace(self):
-        """The :class:`~minipaged.view.Trace` since :meth:`start_trace`, without which :class:`TraceError` is raised."""
-        from minipaged.view import recording
-
-        return recording.stop(self)
-
-    def snapshot(self):
-        """Block tables and pool at this moment: a :class:`~minipaged.view.Snapshot`."""
-        from minipaged.view import snapshot
-
-        return snapshot(self.scheduler)
 
     def close(self) -> None:
         """End the backend's threads; no step can follow. Closing twice is harmless."""
@@ -385,18 +352,7 @@ class Engine:
 
     def default_sampling_params(self) -> SamplingParams:
         """What the model's ``generation_config.json`` recommends; greedy if it does not sample."""
-        given = self.model.generation_config
-        options = {
-            name: given[name]
-            for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-            if given.get(name) is not None
-        }
-        if given and not given.get("do_sample", False):
-            options = {k: v for k, v in options.items() if k == "repetition_penalty"} | {"temperature": 0}
-        try:
-            return SamplingParams(**options)
-        except MinipagedError as error:
-            raise InvalidParameterError(f"generation_config.json of {self.model.path}: {error}") from None
+        return default_sampling_params(self.model)
 
     def stats(self) -> EngineStats:
         """Counters and gauges of this moment (a copy)."""

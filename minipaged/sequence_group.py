@@ -24,8 +24,10 @@ import numpy as np
 
 from minipaged.core.request import Request
 from minipaged.live_sequences import LiveSequences
-from minipaged.output_builder import OutputBuilder
+from minipaged.model.tokenizer import Tokenizer
+from minipaged.output_builder import OutputBuilder, logprob_entry
 from minipaged.outputs import RequestMetrics, RequestOutput
+from minipaged.sampling.logprobs import prompt_logprobs
 from minipaged.sampling.sampler import SampledToken
 from minipaged.sampling.seeds import choice_seed
 from minipaged.sampling.state import SamplingState
@@ -98,6 +100,17 @@ class SequenceGroup:
         if self.metrics.first_token_time is None:
             self.metrics.first_token_time = now
         self.metrics.last_token_time = now
+
+    def take_prompt_rows(self, first: int, rows: np.ndarray, tokenizer: Tokenizer) -> None:
+        """Make entries of :attr:`prompt_logprobs` of logits ``[rows, vocab]``, those of the prompt positions from
+        ``first`` on, as far as they are not known yet (a preempted request computes its prompt again, and must not
+        report it twice). Raises :class:`NumericalError` for what is not finite."""
+        known = len(self.prompt_logprobs) - 1
+        rows = rows[max(known - first, 0) :]
+        if len(rows):
+            targets = self.prompt_token_ids[known + 1 : known + 1 + len(rows)]
+            tokens = prompt_logprobs(rows, targets, self.params.prompt_logprobs)
+            self.prompt_logprobs += [logprob_entry(token, tokenizer) for token in tokens]
 
     def states(self, sequence: Sequence) -> list[SamplingState]:
         """For each token to draw from the sequence's row of logits, the state to draw it with."""
