@@ -13,6 +13,7 @@ change no block table can have changed. :mod:`minipaged.view.replay` is the othe
 from __future__ import annotations
 
 import time
+from array import array
 
 from minipaged.core.request import Request, RequestStatus
 from minipaged.core.scheduler import Scheduler, SchedulerOutput
@@ -46,7 +47,10 @@ class Recorder:
         self._numbers: dict[Request, int] = {}  # of those alive
         self._num_added = 0  # to the scheduler, when requests were last looked at
         self._tables: dict[int, list[int]] = {}  # by number, of those running
-        self._times: list[tuple] = []  # of each step: planning began, computing began, it was computed, it was over
+        # Of each step: planning began, computing began, it was computed, it was over. Numbers, not objects, so that
+        # a long recording gives the garbage collector nothing to look through.
+        self._times = array("d")
+        self._num_steps = 0
         self._records: dict[int, dict] = {}  # by step, what changed in it
         self._plan: SchedulerOutput | None = None  # of the step that is open
         self._started = 0.0
@@ -99,14 +103,15 @@ class Recorder:
         self._end_step(began, computed, ended)
 
     def _end_step(self, began: float, computed: float, ended: float) -> None:
-        self._times.append((self._started, began, computed, ended))
+        self._times.extend((self._started, began, computed, ended))
+        self._num_steps += 1
         self._plan = None
-        if len(self._times) == self.max_steps:
+        if self._num_steps == self.max_steps:
             self._detach()
 
     def _note_step(self, plan: SchedulerOutput) -> None:
         """Note what a step is, and what planning it changed."""
-        step = self._records[len(self._times)] = {}
+        step = self._records[self._num_steps] = {}
         ids = [sequence.request_id for sequence in plan.scheduled]
         if self._sync(step) or ids != self._last_ids or plan.num_tokens != self._last_count:
             self._note_run(step, plan, ids)
@@ -128,7 +133,7 @@ class Recorder:
         self._note_tables(after)  # of forks, and of guesses rolled back
         self._note_blocks(after)
         if after:
-            self._records.setdefault(len(self._times), {})["after"] = after
+            self._records.setdefault(self._num_steps, {})["after"] = after
 
     def stop(self) -> Trace:
         """The trace so far; nothing more is recorded."""
@@ -139,12 +144,13 @@ class Recorder:
             self._note_tables(end)
             self._note_blocks(end)
             self._detach()
-        steps = [self._timed(times, self._records.get(index, {})) for index, times in enumerate(self._times)]
+        steps = [self._timed(index) for index in range(self._num_steps)]
         return Trace(self._about, self._sequences, self._start, steps, end)
 
-    def _timed(self, times: tuple, record: dict) -> dict:
+    def _timed(self, index: int) -> dict:
+        times = self._times[4 * index : 4 * index + 4]
         parts = [_micro(later - earlier) for earlier, later in zip(times, times[1:], strict=False)]
-        return {"t": _micro(times[0] - self._began), "us": parts, **record}
+        return {"t": _micro(times[0] - self._began), "us": parts, **self._records.get(index, {})}
 
     def _detach(self) -> None:
         self.is_full = True
