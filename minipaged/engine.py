@@ -23,6 +23,7 @@ from minipaged.errors import (
 from minipaged.live_sequences import LiveSequences
 from minipaged.model.loader import LoadedModel, load_model
 from minipaged.model.sampling_defaults import default_sampling_params
+from minipaged.observed import Observed
 from minipaged.output_builder import OutputBuilder
 from minipaged.outputs import EngineStats, RequestOutput
 from minipaged.prompt import tokenize
@@ -35,7 +36,7 @@ from minipaged.sequence_group import Sequence, SequenceGroup
 from minipaged.sizing import resolve_max_model_len, resolve_num_blocks, resolve_num_host_blocks
 
 
-class Engine:
+class Engine(Observed):
     """One model on one device, with its KV blocks and its requests.
 
     Not thread-safe: one thread calls :meth:`submit`, :meth:`abort` and :meth:`step`
@@ -44,8 +45,8 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig):
+        super().__init__()
         self.config = config
-        self.observers: list = []  # told of each step: see minipaged.view.recording
         self.backend = backends.choose(config.device)
         backends.check_options(self.backend, config)
         backends.start_ahead(self.backend)
