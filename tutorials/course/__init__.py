@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from xml.etree import ElementTree
 
 MARKS = {"solved": "✓", "unsolved": "…", "wrong": "✗"}
@@ -76,7 +78,17 @@ def show(picture, text: str = "") -> None:
         display({"image/svg+xml": svg, "text/plain": text or "a picture"}, raw=True)
 
 
+def golden() -> list[dict]:
+    """What Hugging Face transformers computes with ``tiny``, made by nothing of ours.
+
+    For each prompt ``prompt``, ``prompt_ids`` and ``target``: ``greedy_ids``, and under
+    ``top5_last_prompt_position`` the largest logits with ``id`` and ``logit``.
+    """
+    path = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "tiny_golden.json"
+    return json.loads(path.read_text(encoding="utf-8"))["prompts"]
+
+
 def _where(error: Exception) -> str:
-    """The learner's own line that raised, as far as it is known: the last frame outside installed modules."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.line]
+    """The line that raised, the learner's own as far as that is known: the last one outside installed packages."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.line and "site-packages" not in f.filename]
     return f" (at `{frames[-1].line}`)" if frames else ""

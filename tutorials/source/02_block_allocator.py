@@ -20,12 +20,35 @@
 # **bloklara** (block) bölmek. Her bloğun bir **blok kimliği** (block id) vardır; kimsede olmayan bloklar **blok
 # havuzunu** (block pool) oluşturur. Bir dizi (sequence), yeni bir bloğu ancak son bloğu dolduğunda alır.
 
+# %%
+from minipaged.core.block_pool import BlockPool, NoFreeBlocksError
+from minipaged.core.block_table import BlockTable
+from tutorials.course import show
+from tutorials.course.drawing import draw_tables
+
+pool = BlockPool(num_blocks=12)
+tables = {name: BlockTable(4, pool) for name in "abc"}  # 4 tokens a block
+num_tokens = {"a": 14, "b": 6, "c": 9}
+for position in range(14):  # they grow in turn, so their blocks interleave
+    for name, table in tables.items():
+        if position < num_tokens[name]:
+            table.append_slots(position, position + 1)
+show(draw_tables(pool, tables, num_tokens), "three sequences, their blocks scattered over a pool of 12")
+print({name: table.block_ids for name, table in tables.items()})
+assert tables["a"].block_ids == [0, 3, 6, 8] and pool.num_free == 3
+
 # %% [markdown] en
+# That is what we are after: sequence `a` has 14 tokens in blocks 0, 3, 6 and 8. They lie nowhere near each other, and
+# it does not matter, because the list says where they are.
+#
 # ## The naive version
 #
 # One list says for each block who holds it. To find a free block, look from the front:
 # %% [markdown] tr
-# ## Acemi işi çözüm
+# Varmak istediğimiz yer bu: `a` dizisinin 14 tokenı 0, 3, 6 ve 8 numaralı bloklarda. Bloklar yan yana değil, olması da
+# gerekmez; nerede olduklarını liste söyler.
+#
+# ## İlk akla gelen çözüm
 #
 # Tek bir liste, her bloğun kimde olduğunu söylesin. Boş blok aramak için baştan başlayıp bakalım:
 
@@ -61,7 +84,7 @@ assert naive.num_looked_at == 4001
 # For one block we looked at 4001 entries, and an engine does this in every step. Worse is what happens when the
 # blocks do not suffice:
 # %% [markdown] tr
-# ## Canımızı yakan ne?
+# ## Sorun nerede?
 #
 # Tek bir blok için 4001 kayda baktık; üstelik motor bunu her adımda yapar. Bloklar yetmediğinde olan ise daha kötü:
 
@@ -203,9 +226,6 @@ class Allocator(Allocator):
 # tablosudur** (block table):
 
 # %%
-from minipaged.core.block_pool import BlockPool, NoFreeBlocksError
-from minipaged.core.block_table import BlockTable
-
 pool = BlockPool(num_blocks=6)
 a, b = BlockTable(4, pool), BlockTable(4, pool)
 a.append_slots(0, 3)  # positions 0, 1, 2
