@@ -101,6 +101,8 @@ class Canvas:
         self._body.append(f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" fill="{paint}"/>')
 
     def _add(self, tag: str, shape: str, classes: str, title: str | None = None):
+        if "f-" not in classes:
+            shape += ' fill="none"'  # an attribute: a rule would reach the filled shapes of other pictures in a page
         if title is None:
             self._body.append(f"<{tag} {shape}{self._class(classes)}/>")
         else:
@@ -134,11 +136,8 @@ class Canvas:
     def _style(self) -> str:
         light, dark = (theme.colour_rules(kind) for kind in (0, 1))
         used = sorted(self._classes)
-        unfilled = "".join(
-            f".{name}{{fill:none}}" for name in used if name.startswith("mp-s-")
-        )  # before the fills, which win where a shape has both
         rules = ["".join(f".{name}{{{kind[name]}}}" for name in used if name in kind) for kind in (light, dark)]
-        return f"{unfilled}{rules[0]}.mp-bold{{stroke-width:2.5}}@media (prefers-color-scheme:dark){{{rules[1]}}}"
+        return f"{rules[0]}.mp-bold{{stroke-width:2.5}}@media (prefers-color-scheme:dark){{{rules[1]}}}"
 
 
 def _n(value: float) -> str:

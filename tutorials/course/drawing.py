@@ -27,25 +27,26 @@ def draw_grid(title: str, rows: dict[str, list], *, cell: int = 18, note: str = 
     """A row of cells for each name; a cell is ``None`` (empty) or ``(hue, text)``, hue from 0."""
     label = 20 + 8 * max(map(len, rows))
     longest = max(len(cells) for cells in rows.values())
+    height = min(cell, 24)
     canvas = Canvas(max(360, 2 * MARGIN + label + longest * cell))
     y = _head(canvas, title, note)
     for name, cells in rows.items():
-        canvas.text(MARGIN, y + cell - 5, name, size=13)
+        canvas.text(MARGIN, y + height - 6, name, size=13)
         for column, content in enumerate(cells):
             x = MARGIN + label + column * cell
             if content is None:
-                canvas.rect(x, y, cell - 2, cell - 2, "f-empty s-line", dash=True)
+                canvas.rect(x, y, cell - 2, height - 2, "f-empty s-line", dash=True)
                 continue
             hue, text = content
-            canvas.rect(x, y, cell - 2, cell - 2, f"f-hue{hue % NUM_HUES} s-line", title=f"{name}, {column}: {text}")
-            canvas.text(x + (cell - 2) / 2, y + cell - 6, str(text), size=11, anchor="middle")
-        y += cell + 3
+            canvas.rect(x, y, cell - 2, height - 2, f"f-hue{hue % NUM_HUES} s-line", title=f"{name}, {column}: {text}")
+            canvas.text(x + (cell - 2) / 2, y + height - 7, str(text), size=11, anchor="middle")
+        y += height + 3
     return canvas.picture(y + 10, title, note or title)
 
 
 def draw_shades(title: str, matrix, rows: list[str], columns: list[str], *, note: str = "") -> Picture:
     """A matrix of numbers from 0 to 1, each a square whose filled part has that area."""
-    cell, label = 26, 20 + 8 * max(map(len, rows))
+    cell, label = 36, 20 + 8 * max(map(len, rows))
     canvas = Canvas(max(360, 2 * MARGIN + label + len(columns) * cell + 40))
     y = _head(canvas, title, note)
     for column, name in enumerate(columns):

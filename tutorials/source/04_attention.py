@@ -51,11 +51,11 @@ def queries_keys_values(text, layer=0):
 
 
 words, q, k, v = queries_keys_values("O Romeo, Romeo! wherefore art thou Romeo?")
-scores = q[:, 0] @ k[:, 0].T / np.sqrt(D)  # head 0: one row a query, one column a key
+scores = q[:, 5] @ k[:, 1].T / np.sqrt(D)  # one head: a row a query, a column a key
 scores[np.triu_indices(len(words), 1)] = -np.inf  # nobody sees the future
 p = np.exp(scores - scores.max(axis=1, keepdims=True))
 p /= p.sum(axis=1, keepdims=True)
-show(draw_shades("What each token looks at", p, words, words, note="layer 0, head 0; the area is the probability"))
+show(draw_shades("What each token looks at", p, words, words, note="layer 0, head 5; the area is the probability"))
 assert np.allclose(p.sum(axis=1), 1) and np.allclose(p[0], np.eye(len(words))[0])
 
 # %% [markdown] en
@@ -91,7 +91,7 @@ stored = k.nbytes + v.nbytes
 repeated = np.repeat(k, 3, axis=1).nbytes + np.repeat(v, 3, axis=1).nbytes
 print("bytes of K and V:", stored, " after repeating:", repeated, " ratio", repeated / stored)
 assert repeated == 3 * stored
-assert np.allclose(attend_repeated(q, k, v)[:, 0], p @ v[:, 0], atol=1e-6)
+assert np.allclose(attend_repeated(q, k, v)[:, 5], p @ v[:, 1], atol=1e-6)
 
 # %% [markdown] en
 # ## What hurts
