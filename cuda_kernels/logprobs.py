@@ -1,16 +1,16 @@
 """Log-probabilities: of a chosen token, its rank, and of the likeliest tokens.
 
-    logits         [S, V]    float32   the model's own
-    rows           [R]       int32     rows that are asked for
-    tokens         [R]       int32     the token of each, from 0 to V - 1
-    logprob        [R]       float64   natural logarithm of its probability
-    rank           [R]       int32     1 = the likeliest
-    top_tokens     [R, k]    int32     the likeliest, of equal logits the lower id first
-    top_logprobs   [R, k]    float64
+    logits     [L, V]   float32   the model's own
+    facts      [A, 4]   int32     what to say: about which row of ``logits`` (-1: nothing), about which token (-1: the
+                                  one that was drawn), how many of the likeliest (k), where these begin in ``top``
+    token      [A, 2]   int32     what was drawn (sample.py); where nothing could be drawn, token 0 stands in
+    logprob    [A]      float64   natural logarithm of the token's probability
+    rank       [A]      int32     1 = the likeliest; 0 where a logit of the row is NaN or infinite
+    top        [n, 2]   float64   the likeliest tokens, of equal logits the lower id first, and their logprobs
 
-One block a row. The likeliest are found one after the other: each time the best among those that come after the
-last one found, by (logit descending, id ascending). k is small (up to 20 in the usual protocols), so k passes
-over a row that stays in the cache cost less than sorting it.
+One block an entry of ``facts``. The likeliest are found one after the other: each time the best among those that
+come after the last one found, by (logit descending, id ascending). k is small (20 at most in the usual protocols),
+so k passes over a row that stays in the cache cost less than sorting it.
 
 The sum of exponentials is float64; the rank counts what comes before the token in the same order.
 """
@@ -22,8 +22,8 @@ from functools import cache
 
 from numba import cuda
 
-from cuda_kernels.argmax import INFINITY, THREADS, WARPS
-from cuda_kernels.block import block_argmax, block_sum_f64, block_sum_i32
+from cuda_kernels.argmax import INFINITY, THREADS, WARPS, is_finite
+from cuda_kernels.block import block_argmax, block_count, block_sum_f64, block_sum_i32
 from cuda_kernels.kernel import Kernel, float32, float64, int32, pointer
 
 
@@ -42,34 +42,42 @@ def next_best(logits, offset, vocab_size, last, last_token, values, indices):
 
 @cache
 def build() -> Kernel:
-    """``logprobs(logits, rows, tokens, logprob, rank, top_tokens, top_logprobs, k, vocab_size)``."""
+    """``logprobs(logits, facts, token, logprob, rank, top, vocab_size)``."""
 
-    def logprobs(logits, rows, tokens, logprob, rank, top_tokens, top_logprobs, k, vocab_size):
+    def logprobs(logits, facts, token, logprob, rank, top, vocab_size):
         values, indices = cuda.shared.array(WARPS, float32), cuda.shared.array(WARPS, int32)
         sums, counts = cuda.shared.array(WARPS, float64), cuda.shared.array(WARPS, int32)
         r, thread = cuda.blockIdx.x, cuda.threadIdx.x
-        offset, token = rows[r] * vocab_size, tokens[r]
-        chosen = logits[offset + token]
+        if facts[r * 4] < 0:
+            return
+        offset, about = facts[r * 4] * vocab_size, facts[r * 4 + 1]
+        if about < 0:
+            about = max(token[r * 2], int32(0))
+        chosen = logits[offset + about]
         largest, _ = next_best(logits, offset, vocab_size, float32(INFINITY), int32(-1), values, indices)
-        total, before = float64(0), int32(0)
+        total, before, bad = float64(0), int32(0), False
         i = thread
         while i < vocab_size:
             logit = logits[offset + i]
+            if not is_finite(logit):
+                bad = True
             total += float64(math.exp(logit - largest))
-            if logit > chosen or (logit == chosen and i <= token):
+            if logit > chosen or (logit == chosen and i <= about):
                 before += int32(1)
             i += THREADS
         log_total = float64(largest) + math.log(block_sum_f64(total, sums))
         before = block_sum_i32(before, counts)
+        if block_count(bad, counts) > 0:
+            before = int32(0)
         if thread == 0:
             logprob[r] = float64(chosen) - log_total
             rank[r] = before
         last, last_token = float32(INFINITY), int32(-1)
-        for j in range(k):
+        first = facts[r * 4 + 3]
+        for j in range(first, first + facts[r * 4 + 2]):
             last, last_token = next_best(logits, offset, vocab_size, last, last_token, values, indices)
             if thread == 0:
-                top_tokens[r * k + j] = last_token
-                top_logprobs[r * k + j] = float64(last) - log_total
+                top[2 * j], top[2 * j + 1] = float64(last_token), float64(last) - log_total
 
     return Kernel(
         name="logprobs",
@@ -80,9 +88,7 @@ def build() -> Kernel:
             pointer(int32),
             pointer(float64),
             pointer(int32),
-            pointer(int32),
             pointer(float64),
-            int32,
             int32,
         ),
         block=THREADS,
@@ -91,6 +97,6 @@ def build() -> Kernel:
     )
 
 
-def launch_dims(num_rows: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Grid and block for ``num_rows`` (R) rows."""
-    return (num_rows, 1, 1), (THREADS, 1, 1)
+def launch_dims(num_facts: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Grid and block for ``num_facts`` (A) entries."""
+    return (num_facts, 1, 1), (THREADS, 1, 1)

@@ -1,14 +1,15 @@
 """One token for each row of logits: temperature, top_k, min_p, top_p and the draw, without sorting anything.
 
-    raw         [S, V]   float32   the model's logits
-    processed   [S, V]   float32   after bias, masks and penalties, for rows that have any
-    reals       [S, 3]   float64   temperature (0: greedy), top_p (1: off), min_p (0: off)
-    integers    [S, 4]   int64     seed, position, top_k (0: off), whether the row is in ``processed``
+    raw         [L, V]   float32   the model's logits
+    processed   [A, V]   float32   after bias, masks and penalties, row a for draw a, where it has any
+    reals       [A, 3]   float64   temperature (0: greedy), top_p (1: off), min_p (0: off)
+    integers    [A, 5]   int64     seed, position, top_k (0: off), the row of ``raw`` (-1: there is nothing to draw),
+                                   whether to draw from ``processed``
     ids         [G, V]   int32     room to work in
     weights     [G, V]   float64   room to work in
-    token       [S]      int32     the token, or NOT_FINITE, ALL_MASKED, OVERFLOWED
+    token       [A, 2]   int32     the token, or NOT_FINITE, ALL_MASKED, OVERFLOWED; the likeliest of the raw row
 
-A block takes the rows b, b + G, ... . It keeps the candidates of a row as a list in the order of their ids,
+A block takes the draws b, b + G, ... . It keeps the candidates of one as a list in the order of their ids,
 with weights exp((logit - largest) / temperature) in float64, and drops entries in place::
 
     512 entries at a time:   ids      3   9  12  40  41  77 ...       every thread says whether its entry stays,
@@ -62,30 +63,21 @@ def bits_of(weight):
 
 
 @cuda.jit(device=True)
-def likeliest(logits, offset, vocab_size, values, indices):
-    """``(largest, its index, the thread's own largest)``; what is NaN counts as infinity."""
-    best, best_index = float32(-INFINITY), int32(vocab_size)
+def likeliest(logits, offset, vocab_size, values, indices, counts):
+    """``(largest, its index, the thread's own largest, whether all are finite)``; what is NaN counts as infinity."""
+    best, best_index, bad = float32(-INFINITY), int32(vocab_size), False
     i = int32(cuda.threadIdx.x)
     while i < vocab_size:
         value = logits[offset + i]
+        if not is_finite(value):
+            bad = True
         if value != value:
             value = float32(INFINITY)
         if value > best or (value == best and i < best_index):
             best, best_index = value, i
         i += int32(THREADS)
     largest, index = block_argmax(best, best_index, values, indices)
-    return largest, index, best
-
-
-@cuda.jit(device=True)
-def all_finite(logits, offset, vocab_size, counts):
-    bad = 0
-    i = cuda.threadIdx.x
-    while i < vocab_size:
-        if not is_finite(logits[offset + i]):
-            bad += 1
-        i += THREADS
-    return block_count(bad > 0, counts) == 0
+    return largest, index, best, block_count(bad, counts) == 0
 
 
 @cuda.jit(device=True)
@@ -306,48 +298,53 @@ def find_entry(weights, base, first, end, before, target):
 
 @cache
 def build() -> Kernel:
-    """``sample(raw, processed, reals, integers, ids, weights, token, num_rows, vocab_size)``."""
+    """``sample(raw, processed, reals, integers, ids, weights, token, num_draws, vocab_size)``."""
 
-    def sample(raw, processed, reals, integers, ids, weights, token, num_rows, vocab_size):
+    def sample(raw, processed, reals, integers, ids, weights, token, num_draws, vocab_size):
         values, indices = cuda.shared.array(WARPS, float32), cuda.shared.array(WARPS, int32)
         counts, sums = cuda.shared.array(WARPS, int32), cuda.shared.array(CHUNKS, float64)
         base = cuda.blockIdx.x * vocab_size
-        row = cuda.blockIdx.x
-        while row < num_rows:
-            offset = row * vocab_size
-            logits = raw
-            if integers[row * 4 + 3]:
-                logits = processed
-            largest, choice, own = likeliest(logits, offset, vocab_size, values, indices)
-            if not all_finite(raw, offset, vocab_size, counts):
+        draw = cuda.blockIdx.x
+        while draw < num_draws:
+            row = integers[draw * 5 + 3]
+            if row < 0:
+                draw += cuda.gridDim.x
+                continue
+            logits, offset = raw, row * vocab_size
+            largest, raw_choice, own, finite = likeliest(logits, offset, vocab_size, values, indices, counts)
+            choice = raw_choice
+            if integers[draw * 5 + 4]:
+                logits, offset = processed, draw * vocab_size
+                largest, choice, own, _ = likeliest(logits, offset, vocab_size, values, indices, counts)
+            if not finite:
                 choice = int32(NOT_FINITE)
             elif largest == float32(-INFINITY):
                 choice = int32(ALL_MASKED)
             elif largest == float32(INFINITY):
                 choice = int32(OVERFLOWED)
-            elif reals[row * 3] > 0:
-                top_k, floor, kth = int32(min(integers[row * 4 + 2], vocab_size)), int64(0), int64(0)
+            elif reals[draw * 3] > 0:
+                top_k, floor, kth = int32(min(integers[draw * 5 + 2], vocab_size)), int64(0), int64(0)
                 if 0 < top_k < vocab_size and top_k <= THREADS:
                     floor = kth_of_threads(ordered(own), top_k, counts)
                 size = list_logits(logits, offset, vocab_size, floor, ids, base, counts)
                 if 0 < top_k < vocab_size:
                     kth = kth_largest(logits, offset, ids, base, size, top_k, floor, counts)
-                temperature, min_p = reals[row * 3], reals[row * 3 + 2]
+                temperature, min_p = reals[draw * 3], reals[draw * 3 + 2]
                 size = list_weights(logits, offset, ids, base, size, kth, largest, temperature, min_p, weights, counts)
-                if reals[row * 3 + 1] < 1:
-                    size = nucleus(ids, weights, base, size, reals[row * 3 + 1], sums, counts)
+                if reals[draw * 3 + 1] < 1:
+                    size = nucleus(ids, weights, base, size, reals[draw * 3 + 1], sums, counts)
                 chunk = max(CHUNK, (size + CHUNKS - 1) // CHUNKS)
                 chunk_sums(weights, base, size, chunk, sums)
                 if cuda.threadIdx.x < WARP:
-                    u = uniform(integers[row * 4], integers[row * 4 + 1])
+                    u = uniform(integers[draw * 5], integers[draw * 5 + 1])
                     number, before, target = find_chunk(sums, size, chunk, u)
                     end = min(size, (number + 1) * chunk)
                     entry = find_entry(weights, base, number * chunk, end, before, target)
                     choice = ids[base + entry]
             if cuda.threadIdx.x == 0:
-                token[row] = choice
+                token[draw * 2], token[draw * 2 + 1] = choice, raw_choice
             cuda.syncthreads()
-            row += cuda.gridDim.x
+            draw += cuda.gridDim.x
 
     return Kernel(
         name="sample",
@@ -369,6 +366,6 @@ def build() -> Kernel:
     )
 
 
-def launch_dims(num_rows: int, num_lists: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+def launch_dims(num_draws: int, num_lists: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Grid and block, with ``num_lists`` (G) rows of room to work in."""
-    return (min(num_rows, num_lists), 1, 1), (THREADS, 1, 1)
+    return (min(num_draws, num_lists), 1, 1), (THREADS, 1, 1)

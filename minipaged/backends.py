@@ -85,8 +85,6 @@ _OFFERED = {
         "dtype": ("auto", "float32", "float16", "bfloat16"),
         "quantization": (None, "int8", "int4"),
         "kv_cache_dtype": ("auto", "float32", "float16", "bfloat16", "int8"),
-        "speculative_model": (None,),
-        "swap_space": (0,),
     },
 }
 
@@ -218,9 +216,10 @@ def kv_block_bytes(formats: Formats, backend: Backend, model: ModelConfig, block
 
 
 def memory_for_kv_cache(
-    formats: Formats, backend: Backend, model: ModelConfig, config: EngineConfig, max_model_len: int
+    backend: Backend, models: list[tuple[ModelConfig, Formats]], config: EngineConfig, max_model_len: int
 ) -> int | None:
-    """Bytes of a device's memory that weights and buffers will leave; ``None``: the backend lives in the host's.
+    """Bytes of a device's memory that the weights and buffers of all ``models`` will leave; ``None``: the backend
+    lives in the host's.
 
     Raises :class:`~minipaged.errors.OutOfDeviceMemoryError` if not even they fit.
     """
@@ -228,13 +227,20 @@ def memory_for_kv_cache(
         return None
     from minipaged.ops.cuda import memory
     from minipaged.ops.cuda.available import open_device
+    from minipaged.ops.cuda.kv import staging_bytes
 
     device = open_device()
     try:
-        return memory.left_for_kv_cache(
-            device, model, formats.weights, formats.activations, config.max_num_batched_tokens,
-            -(-max_model_len // config.block_size),
-        )  # fmt: skip
+        max_blocks = -(-max_model_len // config.block_size)
+        needs = [
+            memory.Needs(model, formats.weights, formats.activations, config.max_num_batched_tokens, max_blocks)
+            for model, formats in models
+        ]
+        reserved = 0
+        if config.swap_space:
+            model, formats = models[0]
+            reserved = staging_bytes(kv_block_bytes(formats, backend, model, config.block_size))
+        return memory.left_for_kv_cache(device, needs, reserved)
     finally:
         device.close()
 

@@ -11,13 +11,11 @@ siblings are as far; then :class:`~minipaged.sampling.beam.BeamSelection` says w
 
 from __future__ import annotations
 
-import numpy as np
-
 from minipaged.live_sequences import LiveSequences
 from minipaged.output_builder import OutputBuilder
 from minipaged.outputs import RequestOutput
-from minipaged.sampling.beam import BeamSelection, Candidate, Continuation, continuations
-from minipaged.sampling.state import SamplingState
+from minipaged.sampling.beam import BeamSelection, Candidate, Continuation
+from minipaged.sampling.step_logits import DrawOrder
 from minipaged.sequence_group import Sequence, SequenceGroup
 
 
@@ -36,11 +34,8 @@ class BeamGroup(SequenceGroup):
     def _add_siblings(self) -> None:
         pass  # beams are forked as they are found
 
-    def states(self, sequence: Sequence) -> list[SamplingState]:
-        return []
-
-    def candidates(self, sequence: Sequence, row: np.ndarray) -> list[Continuation]:
-        return continuations(row, sequence.sampling, self._selection.num_candidates)
+    def order(self, sequence: Sequence) -> DrawOrder:
+        return DrawOrder([sequence.sampling], num_candidates=self._selection.num_candidates)
 
     def take(self, sequence: Sequence, tokens: list[Continuation], live: LiveSequences) -> None:
         if self.finished:

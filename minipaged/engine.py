@@ -27,11 +27,12 @@ from minipaged.observed import Observed
 from minipaged.output_builder import OutputBuilder
 from minipaged.outputs import EngineStats, RequestOutput
 from minipaged.prompt import tokenize
-from minipaged.runner import Runner, StepLogits
+from minipaged.runner import Runner
 from minipaged.sampling.grammar import Grammar, GrammarCompiler
-from minipaged.sampling.sampler import SampledToken, Sampler
+from minipaged.sampling.sampler import SampledToken
 from minipaged.sampling.seeds import derived_seed
 from minipaged.sampling.state import SamplingState
+from minipaged.sampling.step_logits import DrawOrder, PromptOrder, StepLogits
 from minipaged.sequence_group import Sequence, SequenceGroup
 from minipaged.sizing import resolve_max_model_len, resolve_num_blocks, resolve_num_host_blocks
 
@@ -56,11 +57,11 @@ class Engine(Observed):
         block_bytes = backends.kv_block_bytes(self.formats, self.backend, self.model.config, config.block_size)
         num_host_blocks = resolve_num_host_blocks(config, block_bytes)  # a draft's KV is computed again
         draft = speculation.load_draft_model(config, self.backend, self.model)
+        models = [(self.model.config, self.formats)]
         if draft is not None:
             block_bytes += draft.block_bytes
-        device_memory = backends.memory_for_kv_cache(
-            self.formats, self.backend, self.model.config, config, self.max_model_len
-        )
+            models.append((draft.model.config, draft.formats))
+        device_memory = backends.memory_for_kv_cache(self.backend, models, config, self.max_model_len)
         num_blocks = resolve_num_blocks(config, self.max_model_len, block_bytes, device_memory)
         self._use(
             SchedulerConfig(
@@ -86,13 +87,12 @@ class Engine(Observed):
             num_host_blocks=num_host_blocks,
         )
         vocab_size, eos_token_ids = self.model.config.vocab_size, self.model.config.eos_token_ids
-        self.sampler = Sampler(vocab_size)
+        self.sampler = self.runner.sampler
         self.speculator = speculation.make_speculator(
             config,
             self.backend,
             draft,
             self.runner,
-            vocab_size=vocab_size,
             num_blocks=num_blocks,
             max_model_len=self.max_model_len,
         )
@@ -228,16 +228,17 @@ class Engine(Observed):
         if not plan.scheduled:
             return
         began = time.monotonic()
-        logits = self.runner.execute(plan, self._prompt_wanted(plan))
+        orders = self._orders(plan)
+        logits = self.runner.execute(plan, self._prompt_orders(plan), [order for _, order in orders])
         computed = time.monotonic()
         self.scheduler.swap.note_computed(plan.num_tokens, computed - began)
         failed = self._take_prompt_logprobs(logits)
-        drawn = self._draw(plan, logits)
+        drawn = self._draw(orders, logits)
         sampled = time.monotonic()
         failed |= {sequence_id: tokens[0].error for sequence_id, tokens in drawn.items() if tokens[0].error}
         for sequence_id in failed:
             self.scheduler.abort(sequence_id)  # before the update, which would publish its KV for others
-        num_accepted = self.speculator.verify(plan, self.sampler, logits, drawn) if drafts else {}
+        num_accepted = self.speculator.verify(plan, logits, drawn) if drafts else {}
         self.scheduler.update(plan, num_accepted=num_accepted)
         self._process(plan, drawn, failed, started, sampled, deliver)
         if self.config.check_integrity:
@@ -262,18 +263,33 @@ class Engine(Observed):
             self.runner.swap(plan)
             self.scheduler.swap.note_copies(num_blocks, time.monotonic() - began)
 
-    def _draw(self, plan: SchedulerOutput, logits: StepLogits) -> dict[str, list[SampledToken]]:
+    def _orders(self, plan: SchedulerOutput) -> list[tuple[Sequence, DrawOrder]]:
+        """The sequences that sample in this step, and what is wanted of their logits."""
+        found = []
+        for scheduled in plan.scheduled:
+            if scheduled.samples:
+                sequence = self._live[scheduled.request_id]
+                order = sequence.group.order(sequence)
+                if scheduled.num_lookahead_tokens:
+                    order.draft_token_ids = scheduled.token_ids[-scheduled.num_lookahead_tokens :]
+                found.append((sequence, order))
+        return found
+
+    @staticmethod
+    def _draw(orders: list[tuple[Sequence, DrawOrder]], logits: StepLogits) -> dict[str, list[SampledToken]]:
         """By sequence id, the tokens drawn for each sequence that samples in this step."""
-        sequences = [self._live[s.request_id] for s in plan.scheduled if s.samples]
-        states = [sequence.group.states(sequence) for sequence in sequences]
-        counts = [len(group) for group in states]
-        rows = logits.to_sample()
-        once = rows if all(count == 1 for count in counts) else rows.repeat(counts, axis=0)
-        tokens = iter(self.sampler.sample(once, [state for group in states for state in group]))
-        drawn = {}
-        for sequence, row, count in zip(sequences, rows, counts, strict=True):
-            found = list(itertools.islice(tokens, count)) or sequence.group.candidates(sequence, row)
-            drawn[sequence.request.request_id] = found
+        drawn: dict[str, list[SampledToken]] = {}
+        rows, states, owners = [], [], []
+        for (sequence, order), row in zip(orders, logits.sample_rows, strict=True):
+            found = drawn[sequence.request.request_id] = []
+            if order.num_candidates:
+                found += logits.continuations(row, order.states[0], order.num_candidates)
+                continue
+            rows += [row] * len(order.states)
+            states += order.states
+            owners += [found] * len(order.states)
+        for owner, token in zip(owners, logits.draw(rows, states), strict=True):
+            owner.append(token)
         return drawn
 
     def _process(
@@ -325,20 +341,16 @@ class Engine(Observed):
             if not sequence.output.finished:  # what was verified beyond a stop string is not wanted
                 sequence.group.take(sequence, [token], self._live)
 
-    def _prompt_wanted(self, plan: SchedulerOutput) -> dict[str, int]:
-        wanted = {}
-        for scheduled in plan.scheduled:
-            sequence = self._live[scheduled.request_id]
-            if sequence.group.prompt_logprobs is not None:
-                wanted[scheduled.request_id] = sequence.request.num_prompt_tokens
-        return wanted
+    def _prompt_orders(self, plan: SchedulerOutput) -> dict[str, PromptOrder]:
+        orders = {s.request_id: self._live[s.request_id].group.prompt_order() for s in plan.scheduled}
+        return {sequence_id: order for sequence_id, order in orders.items() if order is not None}
 
     def _take_prompt_logprobs(self, logits: StepLogits) -> dict[str, str]:
         """Keep this step's; returns by sequence id what went wrong."""
         failed = {}
         for sequence_id, (first, rows) in logits.prompt_rows.items():
             try:
-                self._live[sequence_id].group.take_prompt_rows(first, logits.logits[rows], self.model.tokenizer)
+                self._live[sequence_id].group.take_prompt_logprobs(logits, first, rows, self.model.tokenizer)
             except NumericalError as error:
                 failed[sequence_id] = str(error)
         return failed
@@ -368,6 +380,7 @@ class Engine(Observed):
             kv_cache_bytes=self.runner.kv_cache.nbytes,
             weight_bytes=self.runner.weight_bytes,
             step_seconds=self._step_seconds,
+            num_logits_rows_on_host=self.runner.num_logits_rows_on_host,
             **(self.scheduler.stats() | requests),
             **(self.speculator.stats() if self.speculator else {}),
         )

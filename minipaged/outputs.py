@@ -99,6 +99,8 @@ class EngineStats:
 
     ``num_blocks_shared`` of the ``num_blocks_used`` are held by more than one running sequence;
     ``num_block_references`` is what all of them would use if none were shared.
+    ``num_logits_rows_on_host`` counts the rows that a device sent because it does not sample them itself
+    (:mod:`minipaged.sampling.device_sampler` says which); 0 where the model runs on the host.
     """
 
     device: str = ""
@@ -125,6 +127,7 @@ class EngineStats:
     kv_cache_bytes: int = 0
     weight_bytes: int = 0
     step_seconds: float = 0.0
+    num_logits_rows_on_host: int = 0
     num_verifications: int = 0
     num_tokens_guessed: int = 0
     num_tokens_accepted: int = 0

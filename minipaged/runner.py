@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -13,24 +12,9 @@ from minipaged.model.architectures import load_weights
 from minipaged.model.loader import LoadedModel
 from minipaged.model.weights import ModelWeights, digest
 from minipaged.ops.interface import Batch
-
-
-@dataclass
-class StepLogits:
-    """Logits of one step, float32 ``[rows, vocab]``.
-
-    ``sample_rows`` holds the row of each scheduled sequence that samples a token, in the plan's
-    order; the rows of its draft tokens follow that row. ``prompt_rows`` maps a request id to
-    ``(first position, slice of rows)`` where the logits of prompt positions were asked for.
-    """
-
-    logits: np.ndarray
-    sample_rows: np.ndarray
-    prompt_rows: dict[str, tuple[int, slice]]
-
-    def to_sample(self) -> np.ndarray:
-        """The logits to sample the next tokens from, float32 ``[sequences that sample, vocab]``."""
-        return self.logits if len(self.sample_rows) == len(self.logits) else self.logits[self.sample_rows]
+from minipaged.sampling.device_sampler import DeviceLogits, DeviceSampler
+from minipaged.sampling.sampler import Sampler
+from minipaged.sampling.step_logits import DrawOrder, HostLogits, PromptOrder, StepLogits
 
 
 class Runner:
@@ -58,13 +42,22 @@ class Runner:
             parts = _build_reference(model, num_threads=num_threads, **sizes)
         self.decoder, self.kv_cache, self.weight_bytes, self.embedding_bytes = parts
         self.block_size = block_size
+        self.sampler = Sampler(model.config.vocab_size)
+        self.device_sampler = DeviceSampler(self.sampler) if backend.name == "cuda" else None
         # The operating system provides the memory page by page as blocks are first swapped out.
+        if num_host_blocks and backend.name == "cuda":
+            self.kv_cache.prepare_staging()
         self._host_blocks = np.empty((num_host_blocks, self.kv_cache.block_bytes if num_host_blocks else 0), np.uint8)
 
     @cached_property
     def weights_digest(self) -> str:
         """sha256 of the weights as the backend keeps them; all are read for it, once."""
         return digest(self.decoder.weights)
+
+    @property
+    def num_logits_rows_on_host(self) -> int:
+        """Rows of logits that a device which samples by itself has sent to the host."""
+        return self.device_sampler.num_rows_on_host if self.device_sampler else 0
 
     def close(self) -> None:
         """End the threads of the backend. Closing twice is harmless."""
@@ -79,18 +72,30 @@ class Runner:
             host_ids, block_ids = map(list, zip(*plan.swap_in, strict=True))
             self.kv_cache.write_blocks(block_ids, self._host_blocks[host_ids])
 
-    def execute(self, plan: SchedulerOutput, prompt_wanted: dict[str, int] | None = None) -> StepLogits:
+    def execute(
+        self,
+        plan: SchedulerOutput,
+        prompts: dict[str, PromptOrder] | None = None,
+        draws: list[DrawOrder] | None = None,
+    ) -> StepLogits:
         """Carry out the plan's block copies, then its forward pass.
 
-        ``prompt_wanted`` maps the id of a request to its ``num_prompt_tokens``, if the logits of its
-        prompt positions are wanted too.
+        Args:
+            prompts: by request id, whose prompt positions' logits are wanted too.
+            draws: what is wanted of each sequence that samples, in the plan's order: a device then samples by
+                itself, and nothing else can be had of its logits. ``None``: the logits come to the host.
         """
+        prompts = prompts or {}
+        rows, sample_rows, prompt_rows = _wanted_rows(plan.scheduled, prompts)
+        batch = build_batch(plan.scheduled, rows, self.block_size)
+        if self.device_sampler is not None and draws is not None:
+            prepared = self.device_sampler.prepare(sample_rows, draws, prompt_rows, prompts)
+            answers = self.decoder.sample(batch, self.kv_cache, prepared.asks, plan.copies)
+            return DeviceLogits(self.sampler, prepared, answers, sample_rows, prompt_rows)
         if plan.copies:
             self.kv_cache.copy_blocks(plan.copies)
-        rows, sample_rows, prompt_rows = _wanted_rows(plan.scheduled, prompt_wanted or {})
-        batch = build_batch(plan.scheduled, rows, self.block_size)
         logits = self.decoder.forward(batch, self.kv_cache)
-        return StepLogits(logits, sample_rows, prompt_rows)
+        return HostLogits(self.sampler, logits, sample_rows, prompt_rows)
 
 
 def build_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_size: int) -> Batch:
@@ -145,8 +150,8 @@ def _decode_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_si
 
 
 def _wanted_rows(
-    scheduled: list[ScheduledSequence], prompt_wanted: dict[str, int]
-) -> tuple[np.ndarray, np.ndarray, dict[str, tuple[int, slice]]]:
+    scheduled: list[ScheduledSequence], prompts: dict[str, PromptOrder]
+) -> tuple[np.ndarray, list[int], dict[str, tuple[int, slice]]]:
     """Which tokens of the step need logits, and where those logits will be found."""
     rows: list[int] = []
     sample_rows: list[int] = []
@@ -154,18 +159,18 @@ def _wanted_rows(
     first = 0
     for sequence in scheduled:
         count = len(sequence.token_ids)
-        num_prompt_tokens = prompt_wanted.get(sequence.request_id)
-        if num_prompt_tokens is not None:
+        prompt = prompts.get(sequence.request_id)
+        if prompt is not None:
             # The logits at a position speak about the next token, so the last prompt position's
             # belong to the first generated token.
-            wanted = min(count, max(num_prompt_tokens - 1 - sequence.num_computed_tokens, 0))
+            wanted = min(count, max(len(prompt.token_ids) - 1 - sequence.num_computed_tokens, 0))
             prompt_rows[sequence.request_id] = (sequence.num_computed_tokens, slice(len(rows), len(rows) + wanted))
             rows.extend(range(first, first + wanted))
         if sequence.samples:
             sample_rows.append(len(rows))
             rows.extend(range(first + count - 1 - sequence.num_lookahead_tokens, first + count))
         first += count
-    return np.array(rows, dtype=np.int32), np.array(sample_rows, dtype=np.int64), prompt_rows
+    return np.array(rows, dtype=np.int32), sample_rows, prompt_rows
 
 
 def _build_reference(

@@ -20,17 +20,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-import numpy as np
-
 from minipaged.core.request import Request
 from minipaged.live_sequences import LiveSequences
 from minipaged.model.tokenizer import Tokenizer
 from minipaged.output_builder import OutputBuilder, logprob_entry
 from minipaged.outputs import RequestMetrics, RequestOutput
-from minipaged.sampling.logprobs import prompt_logprobs
 from minipaged.sampling.sampler import SampledToken
 from minipaged.sampling.seeds import choice_seed
 from minipaged.sampling.state import SamplingState
+from minipaged.sampling.step_logits import DrawOrder, PromptOrder, StepLogits
 
 
 class Sequence:
@@ -101,27 +99,28 @@ class SequenceGroup:
             self.metrics.first_token_time = now
         self.metrics.last_token_time = now
 
-    def take_prompt_rows(self, first: int, rows: np.ndarray, tokenizer: Tokenizer) -> None:
-        """Make entries of :attr:`prompt_logprobs` of logits ``[rows, vocab]``, those of the prompt positions from
-        ``first`` on, as far as they are not known yet (a preempted request computes its prompt again, and must not
-        report it twice). Raises :class:`NumericalError` for what is not finite."""
+    def order(self, sequence: Sequence) -> DrawOrder:
+        """What is wanted of the sequence's row of logits."""
+        return DrawOrder([drawn.sampling for drawn in self._continuing(sequence)])
+
+    def prompt_order(self) -> PromptOrder | None:
+        """What is still wanted of the prompt's logits. (A preempted request computes its prompt again, and must not
+        report it twice.)"""
+        if self.prompt_logprobs is None:
+            return None
+        return PromptOrder(self.prompt_token_ids, self.params.prompt_logprobs, len(self.prompt_logprobs) - 1)
+
+    def take_prompt_logprobs(self, logits: StepLogits, first: int, rows: slice, tokenizer: Tokenizer) -> None:
+        """Add the entries for the prompt positions from ``first`` on, whose logits are ``rows``, that are not known
+        yet. Raises :class:`~minipaged.errors.NumericalError` if the logits cannot be used."""
         known = len(self.prompt_logprobs) - 1
-        rows = rows[max(known - first, 0) :]
-        if len(rows):
-            targets = self.prompt_token_ids[known + 1 : known + 1 + len(rows)]
-            tokens = prompt_logprobs(rows, targets, self.params.prompt_logprobs)
-            self.prompt_logprobs += [logprob_entry(token, tokenizer) for token in tokens]
-
-    def states(self, sequence: Sequence) -> list[SamplingState]:
-        """For each token to draw from the sequence's row of logits, the state to draw it with."""
-        return [drawn.sampling for drawn in self._continuing(sequence)]
-
-    def candidates(self, sequence: Sequence, row: np.ndarray) -> list[SampledToken]:
-        """What a group that has no :meth:`states` makes of the row by itself."""
-        raise NotImplementedError
+        new = range(rows.start + max(known - first, 0), rows.stop)
+        targets = self.prompt_token_ids[known + 1 : known + 1 + len(new)]
+        tokens = logits.prompt_logprobs(new, targets, self.params.prompt_logprobs)
+        self.prompt_logprobs += [logprob_entry(token, tokenizer) for token in tokens]
 
     def take(self, sequence: Sequence, tokens: list[SampledToken], live: LiveSequences) -> None:
-        """Go on with the tokens that were drawn, one for each of :meth:`states`."""
+        """Go on with the tokens that were drawn, as :meth:`order` wanted them."""
         continuing = self._continuing(sequence)
         for child in continuing[1:]:
             live.fork(sequence, child)

@@ -5,7 +5,8 @@
 
 A file is of use only where the very same numbers would be computed. So it names everything that they
 depend on: the weights (their digest), how the backend keeps weights and KV, the block size, the
-instructions that the kernels use. A file of which anything differs, or a byte is damaged, is refused.
+instructions that the kernels use, or the card that runs them. A file of which anything differs, or a
+byte is damaged, is refused.
 """
 
 from __future__ import annotations
@@ -85,8 +86,6 @@ def check_usable(engine: Engine) -> None:
             "prefixes are saved from the prefix cache and loaded into it; this engine has none "
             "(enable_prefix_caching is False, or policy is 'static')."
         )
-    if not hasattr(engine.runner.kv_cache, "read_blocks"):
-        raise ConfigError(f"the {engine.backend.name} backend does not save or load prefixes; use device='cpu'.")
 
 
 # -- files ------------------------------------------------------------------------------------------
@@ -172,6 +171,8 @@ def settings(engine: Engine) -> dict[str, str | int]:
         from minipaged.ops.cpu import features
 
         found["instructions"] = features.current().level
+    if engine.backend.name == "cuda":
+        found["card"] = engine.runner.decoder.device.name
     if any(layer.rope is not None and layer.rope.scaling in LENGTH_DEPENDENT_ROPE for layer in model.layers):
         found["max_model_len"] = engine.max_model_len
     return found

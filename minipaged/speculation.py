@@ -69,7 +69,6 @@ def make_speculator(
     draft: DraftModel | None,
     target: Runner,
     *,
-    vocab_size: int,
     num_blocks: int,
     max_model_len: int,
 ) -> Speculator | None:
@@ -90,8 +89,6 @@ def make_speculator(
             draft.model, backend, draft.formats, max_num_tokens=max_num_tokens, num_threads=num_threads, **limits
         )
         share = runner.weight_bytes / target.weight_bytes
-        proposer = DraftModelProposer(
-            runner, vocab_size=vocab_size, max_num_tokens=max_num_tokens, cost_share=share, **limits
-        )
+        proposer = DraftModelProposer(runner, max_num_tokens=max_num_tokens, cost_share=share, **limits)
     controller = LengthController(proposer) if config.adaptive_speculation else None
     return Speculator(proposer, config.num_speculative_tokens, controller)

@@ -314,30 +314,33 @@ def _process_logits(sizes: Sizes, cc, rng) -> Example:
     raw = _normal(rng, sizes.tokens, sizes.vocab)
     # A token in several lists falls to several threads, one after the other.
     allowed, masked, biased, seen = [21, 14, 7, 0], [0, 7, 14], [7, 14], [0, 7, 21]
-    starts = np.array([[0, 4, 4, 7, 7, 9, 9, 12]], np.int32)
-    tokens = np.array([*allowed, *masked, *biased, *seen], np.int32)
-    lists = tokens, _normal(rng, 12), (np.arange(12) % 2).astype(np.int32)
-    penalties = np.array([[0.5, 0.25, 1.5]], np.float32)
-    arguments = (raw, np.zeros_like(raw), NOTHING, starts, *lists, penalties, sizes.vocab)
-    return Example(processors.build(), processors.launch_dims(1)[0], arguments, 8 * sizes.vocab)
+    bias, counts = _normal(rng, 2), np.array([0, 1, 3], np.float32)
+    starts = np.array([[0, 4, 4, 7, 7, 9, 11, 14], [-1] * 8], np.int32)
+    bits = rng.integers(-(2**31), 2**31, -(-sizes.vocab // 32)).astype(np.int32) & ~np.int32(1 << 21)
+    words = np.concatenate([allowed, masked, biased, bias.view("i4"), seen, counts.view("i4"), bits]).astype(np.int32)
+    masks, penalties = np.array([[17, 0], [-1, 0]], np.int32), np.array([[0.5, 0.25, 1.5], [0, 0, 1]], np.float32)
+    lists = np.zeros(2, np.int32), starts, masks, penalties, words, words.view(np.float32)
+    processed = np.zeros((2, sizes.vocab), np.float32)
+    arguments = (raw, processed, *lists, sizes.vocab)
+    return Example(processors.build(), processors.launch_dims(2)[0], arguments, 8 * sizes.vocab)
 
 
 def _logprobs(sizes: Sizes, cc, rng) -> Example:
     logits = _normal(rng, sizes.tokens, sizes.vocab)
-    results = np.zeros(1), np.zeros(1, np.int32), np.zeros((1, 3), np.int32), np.zeros((1, 3))
-    arguments = (logits, NOTHING, NOTHING + 5, *results, 3, sizes.vocab)
-    return Example(logprobs.build(), logprobs.launch_dims(1)[0], arguments)
+    facts, token = np.array([[0, 5, 3, 0], [-1, 0, 0, 0]], np.int32), np.zeros((2, 2), np.int32)
+    arguments = (logits, facts, token, np.zeros(2), np.zeros(2, np.int32), np.zeros((3, 2)), sizes.vocab)
+    return Example(logprobs.build(), logprobs.launch_dims(2)[0], arguments)
 
 
 def _sample(sizes: Sizes, cc, rng) -> Example:
     rows = min(sizes.tokens, 2)
     raw = 3 * _normal(rng, rows, sizes.vocab)
-    reals, integers = np.tile([0.8, 0.9, 0.01], (rows, 1)), np.zeros((rows, 4), np.int64)
+    reals, integers = np.tile([0.8, 0.9, 0.01], (rows, 1)), np.zeros((rows, 5), np.int64)
     integers[:, :3] = rng.integers(1, 50, (rows, 3))
-    integers[::2, 2] = 0
+    integers[::2, 2], integers[:, 3] = 0, np.arange(rows)
     room = 1  # a block takes one row after the other
     work = np.zeros((room, sizes.vocab), np.int32), np.zeros((room, sizes.vocab))
-    arguments = (raw, raw, reals, integers, *work, np.zeros(rows, np.int32), rows, sizes.vocab)
+    arguments = (raw, raw, reals, integers, *work, np.zeros((rows, 2), np.int32), rows, sizes.vocab)
     return Example(sample.build(), sample.launch_dims(rows, room)[0], arguments)
 
 

@@ -115,6 +115,8 @@ class _Sizes:
         if kernel.name == "rope_kv":
             heads = c.num_heads + 2 * c.num_kv_heads
             return self.rows * c.head_dim * (4 * heads + act * c.num_heads + kv * 2 * c.num_kv_heads), 0
+        if kernel.name == "sample":
+            return values["num_draws"] * values["vocab_size"] * 4, 0
         rows = call.grid[0]
         added = 0 if variant.get("residual", "none") == "none" else 8
         return rows * width * (4 + act + added), 0
@@ -174,7 +176,7 @@ def _copy_bandwidth(device: Device, repeats: int) -> float:
     count = cache.num_blocks // 2
     pairs = np.stack([np.arange(count), np.arange(count) + count], axis=1).astype(np.int32)
     table = DeviceArray.from_host(device, pairs)
-    seconds = _seconds(device, cache.copy_calls(table, count), repeats)
+    seconds = _seconds(device, cache.copy_calls(table.address, count), repeats)
     table.free()
     cache.free()
     return 2 * 2 * count * layout.values_bytes / seconds

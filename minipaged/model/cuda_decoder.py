@@ -1,12 +1,13 @@
 """The forward pass on a CUDA device: a plan of launches for each size of step, recorded where it repeats.
 
 What a step computes is :class:`~minipaged.model.decoder.Decoder`'s forward pass, feature for feature.
-Decode steps, one token a sequence, are padded to one of a few sizes (*buckets*); the launches of a bucket are
-recorded once as a graph and repeated by a single call.
+Decode steps, one token a sequence, are padded to one of a few sizes (*buckets*); the launches of a bucket,
+sampling included, are recorded once as a graph and repeated by a single call.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -15,6 +16,9 @@ from minipaged.errors import UnsupportedModelError
 from minipaged.model.config import LayerConfig, ModelConfig
 from minipaged.model.rope import rope_tables
 from minipaged.model.weights import LayerWeights, ModelWeights
+from minipaged.ops.cuda import asks as packing
+from minipaged.ops.cuda import memory
+from minipaged.ops.cuda.asks import Packed, Turn
 from minipaged.ops.cuda.attention import (
     MAX_HEAD_DIM,
     PLAIN,
@@ -25,12 +29,13 @@ from minipaged.ops.cuda.attention import (
 )
 from minipaged.ops.cuda.buffers import Buffers
 from minipaged.ops.cuda.device import Call, Device, DeviceArray, Recording
-from minipaged.ops.cuda.inputs import StepInputs, max_tiles
+from minipaged.ops.cuda.inputs import NO_COPIES, StepInputs
 from minipaged.ops.cuda.kv import CudaKVCache
-from minipaged.ops.cuda.memory import MAX_LOGITS_ROWS
 from minipaged.ops.cuda.plan import Plan
+from minipaged.ops.cuda.sampling import DeviceSampling, Needs
 from minipaged.ops.cuda.weights import total_bytes, weights_on_device
 from minipaged.ops.interface import Batch
+from minipaged.ops.sampling import Answers, Ask, Draw
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sequences of a decode step that is repeated as a graph; a step is padded to the next of them."""
@@ -38,7 +43,8 @@ PLANS_KEPT = 32
 
 
 class CudaDecoder:
-    """A decoder-only transformer: tokens of many sequences in, logits out, K and V left in blocks.
+    """A decoder-only transformer: tokens of many sequences in, logits or what is sampled from them out, K and V
+    left in blocks.
 
     Args:
         weights: matrices packed by :class:`~minipaged.ops.cuda.weights.DevicePacker`.
@@ -70,21 +76,21 @@ class CudaDecoder:
         self.use_graphs = use_graphs
         self.max_num_tokens = max_num_tokens
         self._buckets = [size for size in BUCKETS if size <= max_num_tokens]
-        self._graphs: dict[tuple[int, AttentionShape], Recording | None] = {}
+        self._graphs: dict[tuple[int, AttentionShape, Needs | None], Recording | None] = {}
         self._ropes: dict[int, tuple[DeviceArray, DeviceArray]] = {}
         for layer in config.layers:
             if layer.rope is not None and id(layer.rope) not in self._ropes:
                 cos, sin = rope_tables(layer.rope, max_model_len)
                 self._ropes[id(layer.rope)] = DeviceArray.from_host(device, cos), DeviceArray.from_host(device, sin)
         self.weights = weights_on_device(device, weights, activation)
-        num_logits = min(max_num_tokens, MAX_LOGITS_ROWS)
-        self.buffers = Buffers(device, config, activation, max_num_tokens, num_logits)
+        self._rows_at_once = memory.num_logits(max_num_tokens)
+        self.buffers = Buffers(device, config, activation, max_num_tokens, self._rows_at_once)
         max_blocks = -(-max_model_len // kv_cache.block_size)
-        self.inputs = StepInputs(device, max_num_tokens, max_tiles(config, max_num_tokens), max_blocks)
+        self.inputs = StepInputs(device, memory.input_sizes(config, max_num_tokens, max_blocks))
+        self.sampling = DeviceSampling(device, self.inputs, self.buffers, activation)
         self._tensor_cores = uses_tensor_cores(
             device.compute_capability, activation, kv_cache.layout.dtype, config.head_dim
         )
-        self._logits_host = device.host_array(self.buffers.logits.nbytes).view(np.float32)
         self._plan = lru_cache(maxsize=PLANS_KEPT)(self._make_plan)
 
     @property
@@ -98,29 +104,60 @@ class CudaDecoder:
         Returns the logits of the rows ``batch.logits_indices``, float32 ``[L, vocab_size]``.
         Raises :class:`~minipaged.errors.DeviceError` if the device fails.
         """
-        assert kv_cache is self.kv_cache, "plans point to the cache that the decoder was made with"
-        num_tokens, num_logits = len(batch.input_ids), len(batch.logits_indices)
-        bucket = self._bucket(batch)
-        shape = self._send(batch, bucket or num_tokens)
-        if bucket is not None:
-            self._launch(bucket, shape)
-            return self._fetch(num_logits)
-        self.device.run(self._plan(num_tokens, num_logits, shape))
+        num_logits = len(batch.logits_indices)
+        answers = self.sample(batch, kv_cache, [Ask(row, whole=True) for row in range(num_logits)])
         if num_logits == 0:
-            self.device.synchronize()  # the next step's inputs take the place of this one's
             return np.empty((0, self.config.vocab_size), np.float32)
-        parts = []
-        for first in range(0, num_logits, MAX_LOGITS_ROWS):
-            rows = min(MAX_LOGITS_ROWS, num_logits - first)
-            self.device.run(self._logits_plan(first, rows))
-            parts.append(self._fetch(rows))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return np.stack([answers.rows[row] for row in range(num_logits)])
+
+    def sample(
+        self,
+        batch: Batch,
+        kv_cache: CudaKVCache,
+        asks: Sequence[Ask],
+        copies: Sequence[tuple[int, int]] = (),
+    ) -> Answers:
+        """Compute a step as :meth:`forward`, and answer ``asks`` about its logits, in the order of their rows.
+
+        ``copies``: pairs of blocks, copied before (:meth:`~minipaged.ops.cuda.kv.CudaKVCache.copy_blocks`). All that
+        the device must know is sent by one copy, and its answers come by one; asks that do not fit at once
+        (:data:`~minipaged.ops.cuda.memory.MAX_LOGITS_ROWS`), and whole rows, take more.
+        """
+        assert kv_cache is self.kv_cache, "plans point to the cache that the decoder was made with"
+        num_tokens, num_logits, answers = len(batch.input_ids), len(batch.logits_indices), Answers(len(asks))
+        groups = kv_cache.copy_groups(copies)
+        pairs = np.array([pair for group in groups for pair in group], np.int32).reshape(-1, 2) if groups else NO_COPIES
+        words_end = self.inputs.words_end(len(pairs))
+        turns = list(packing.turns(asks, self._rows_at_once, words_end))
+        bucket = self._bucket(batch) if len(turns) == 1 and len(asks) <= num_tokens else None
+        first = self._pack(asks, turns[0], words_end, bucket) if turns else None
+        shape = self._send(batch, bucket or num_tokens, first, pairs, groups)
+        if bucket is not None:
+            self._launch(bucket, shape, _needs(first))
+            self.sampling.fetch(asks, turns[0], first, answers)
+            return answers
+        self.device.run(self._plan(num_tokens, num_logits, shape))
+        if not turns:
+            self.device.synchronize()  # the next step's inputs take the place of this one's
+        for turn in turns:
+            packed = first
+            if turn is not turns[0]:
+                packed = self._pack(asks, turn, self.inputs.words_end())
+                self.inputs.send_asks(packed)
+            self.device.run(self._logits_plan(turn.first_row, turn.num_rows))
+            if needs := _needs(packed):
+                self.device.run(self.sampling.calls(turn.end - turn.begin, needs))
+            self.sampling.fetch(asks, turn, packed, answers)
+        return answers
 
     def plan_step(self, batch: Batch) -> list[Call]:
-        """Send a step and return its launches, without padding; for measurements."""
+        """Send a step and return its launches, without padding; for measurements. Every row draws at temperature 1."""
         num_tokens, num_logits = len(batch.input_ids), len(batch.logits_indices)
-        shape = self._send(batch, num_tokens)
-        return [*self._plan(num_tokens, num_logits, shape), *self._logits_plan(0, num_logits)]
+        asks = [Ask(row, Draw(temperature=1.0, seed=row)) for row in range(num_logits)]
+        packed = packing.pack(asks, 0, num_logits, self.inputs.words_end())
+        shape = self._send(batch, num_tokens, packed)
+        calls = [*self._plan(num_tokens, num_logits, shape), *self._logits_plan(0, num_logits)]
+        return calls + self.sampling.calls(num_logits, Needs())
 
     def close(self) -> None:
         """Give the device back. Closing twice is harmless."""
@@ -137,8 +174,19 @@ class CudaDecoder:
             return None
         return min((bucket for bucket in self._buckets if bucket >= size), default=None)
 
-    def _send(self, batch: Batch, num_rows: int) -> AttentionShape:
-        """Send a step of ``num_rows`` rows, padding included; returns what its attention is like."""
+    def _pack(self, asks: Sequence[Ask], turn: Turn, words_end: int, bucket: int | None = None) -> Packed:
+        num_slots = bucket or turn.end - turn.begin
+        return packing.pack(asks[turn.begin : turn.end], turn.first_row, num_slots, words_end)
+
+    def _send(
+        self,
+        batch: Batch,
+        num_rows: int,
+        asks: Packed | None = None,
+        pairs: np.ndarray = NO_COPIES,
+        groups: Sequence[Sequence[tuple[int, int]]] = (),
+    ) -> AttentionShape:
+        """Send a step of ``num_rows`` rows, padding included, and copy blocks; returns what its attention is like."""
         tiles, shape = np.zeros((0, 2), np.int32), PLAIN
         if self._tensor_cores:
             decode = len(batch.context_lens) == len(batch.input_ids)
@@ -146,27 +194,25 @@ class CudaDecoder:
             shape = AttentionShape("prefill", len(tiles))
             if decode:
                 shape = decode_shape(self.config, num_rows, int(batch.context_lens.max()))
-        self.inputs.send(batch, num_rows, tiles)
+        address = self.inputs.send(batch, num_rows, tiles, asks, pairs)
+        for group in groups:
+            self.device.run(self.kv_cache.copy_calls(address, len(group)))
+            address += 8 * len(group)
         return shape
 
-    def _launch(self, bucket: int, shape: AttentionShape) -> None:
+    def _launch(self, bucket: int, shape: AttentionShape, needs: Needs | None) -> None:
         """Repeat the graph of a bucket; the first time, run its launches (which compiles them) and record."""
-        graph = self._graphs.get((bucket, shape))
+        key = bucket, shape, needs
+        graph = self._graphs.get(key)
         if graph is not None:
             graph.launch()
             return
         calls = [*self._plan(bucket, bucket, shape), *self._logits_plan(0, bucket)]
+        if needs:
+            calls += self.sampling.calls(bucket, needs)
         self.device.run(calls)
-        if (bucket, shape) not in self._graphs:
-            self._graphs[bucket, shape] = self.device.record(calls)
-
-    def _fetch(self, num_rows: int) -> np.ndarray:
-        """A copy of the logits that the device has just computed."""
-        vocab_size = self.config.vocab_size
-        host = self._logits_host[: num_rows * vocab_size]
-        self.device.download(host, self.buffers.logits.address)
-        self.device.synchronize()
-        return host.reshape(num_rows, vocab_size).copy()
+        if key not in self._graphs:
+            self._graphs[key] = self.device.record(calls)
 
     # -- plans ------------------------------------------------------------------------------------
 
@@ -240,3 +286,10 @@ class CudaDecoder:
         if config.final_soft_cap is not None:
             plan.soft_cap(b.logits, config.vocab_size, config.final_soft_cap)
         return plan.calls
+
+
+def _needs(packed: Packed) -> Needs | None:
+    """The kernels that a turn takes; ``None``: it only fetches rows."""
+    if not packed.drawn and not packed.told:
+        return None
+    return Needs(packed.edited, packed.drawn, packed.told)

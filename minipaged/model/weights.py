@@ -110,7 +110,7 @@ class ModelWeights:
 
 
 def digest(weights: ModelWeights) -> str:
-    """sha256, in hexadecimal, over the place, dtype, shape and bytes of every array."""
+    """sha256, in hexadecimal, over the place, dtype, shape and bytes of every array, those on a device too."""
     found = hashlib.sha256()
     for name, array in _arrays(weights, ""):
         found.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -121,6 +121,8 @@ def digest(weights: ModelWeights) -> str:
 def _arrays(value: Any, name: str) -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(value, np.ndarray):
         yield name, value
+    elif hasattr(value, "to_host"):
+        yield name, value.to_host()
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _arrays(item, f"{name}.{index}")

@@ -20,7 +20,7 @@ import numpy as np
 
 from minipaged.config import SamplingParams
 from minipaged.sampling.logprobs import likeliest, log_total, token_logprobs
-from minipaged.sampling.sampler import SampledToken, why_not_finite
+from minipaged.sampling.sampler import DAMAGED, SampledToken, why_not_finite
 from minipaged.sampling.state import SamplingState
 
 
@@ -46,7 +46,7 @@ def continuations(row: np.ndarray, state: SamplingState, count: int) -> list[Con
         At least one entry; where none can be had, a single one with its ``error`` set.
     """
     if not np.isfinite(row).all():
-        return [Continuation(-1, error="the model's logits hold NaN or infinity; its weights or KV are damaged.")]
+        return [Continuation(-1, error=DAMAGED)]
     total = log_total(row)
     weights = row - np.float32(total)
     with np.errstate(over="ignore", invalid="ignore"):

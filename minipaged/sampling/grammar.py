@@ -23,6 +23,7 @@ import threading
 import numpy as np
 
 from minipaged.errors import InvalidParameterError
+from minipaged.ops.sampling import Edits
 from minipaged.sampling.processors import LogitsProcessor
 
 WHITESPACE = "[ ]?"
@@ -124,6 +125,16 @@ class Grammar(LogitsProcessor):
             row[self._eos_token_ids] = 0  # even if min_tokens wants more: there is no more to say
             return
         row += _PENALTIES.take(self._allowed_bits(), axis=0).reshape(-1)[: self._vocab_size]
+
+    def describe(self, edits: Edits, output_token_ids: list[int]) -> bool:
+        edits.ended = self._ended()
+        if edits.ended:
+            allowed = np.zeros(self._vocab_size, dtype=bool)
+            allowed[self._eos_token_ids] = True
+            edits.bits = np.packbits(allowed, bitorder="little")
+        else:
+            edits.bits = self._allowed_bits()
+        return True
 
     def spares(self, token_id: int) -> bool:
         """Whether the token may follow.

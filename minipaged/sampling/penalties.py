@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from minipaged.config import SamplingParams
+from minipaged.ops.sampling import Edits
 from minipaged.sampling.processors import LogitsProcessor
 
 
@@ -42,6 +43,14 @@ class Penalties(LogitsProcessor):
             penalised = np.where(values > 0, values / self._repetition, values * self._repetition)
             values = np.where(seen, penalised, values)
         row[ids] = values - self._frequency * counts - self._presence * np.minimum(counts, 1)
+
+    def describe(self, edits: Edits, output_token_ids: list[int]) -> bool:
+        ids, counts = self._ids[: self._size], self._counts[: self._size]
+        kept = counts > 0  # a token that was taken back is not penalised
+        kept[: self._num_in_prompt] = True
+        edits.seen, edits.counts = ids[kept], counts[kept]
+        edits.penalties = self._presence, self._frequency, self._repetition
+        return True
 
     def append(self, token_id: int) -> None:
         slot = self._slots.get(token_id)

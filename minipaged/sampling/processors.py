@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from minipaged.ops.sampling import Edits
+
 
 class LogitsProcessor:
     """Edits one request's row of logits; made at admission, told of every token.
@@ -18,6 +20,11 @@ class LogitsProcessor:
     def spares(self, token_id: int) -> bool:
         """Whether :meth:`apply` would leave ``token_id``, the likeliest, the likeliest: a greedy draw then
         does without. It may say no without having looked."""
+        return False
+
+    def describe(self, edits: Edits, output_token_ids: list[int]) -> bool:
+        """Add to ``edits`` what :meth:`apply` would do now, for a device that samples by itself; ``False``: that
+        cannot be said so, and the row has to come to the host."""
         return False
 
     def append(self, token_id: int) -> None:
@@ -42,6 +49,10 @@ class AllowedTokens(LogitsProcessor):
         row.fill(-np.inf)
         row[self._ids] = kept
 
+    def describe(self, edits: Edits, output_token_ids: list[int]) -> bool:
+        edits.allowed = self._ids
+        return True
+
 
 class BadWords(LogitsProcessor):
     """Masks the last token of each forbidden sequence where the generated tokens end with the rest.
@@ -54,10 +65,15 @@ class BadWords(LogitsProcessor):
         self._longer = [(list(s[:-1]), s[-1]) for s in sequences if len(s) > 1]
 
     def apply(self, row: np.ndarray, output_token_ids: list[int]) -> None:
-        row[self._always] = -np.inf
-        for prefix, last in self._longer:
-            if output_token_ids[-len(prefix) :] == prefix:
-                row[last] = -np.inf
+        row[self._masked(output_token_ids)] = -np.inf
+
+    def describe(self, edits: Edits, output_token_ids: list[int]) -> bool:
+        edits.masked.append(self._masked(output_token_ids))
+        return True
+
+    def _masked(self, output_token_ids: list[int]) -> np.ndarray:
+        ends = [last for prefix, last in self._longer if output_token_ids[-len(prefix) :] == prefix]
+        return np.append(self._always, ends).astype(np.int64) if ends else self._always
 
 
 class MinTokens(LogitsProcessor):
@@ -71,6 +87,11 @@ class MinTokens(LogitsProcessor):
         if len(output_token_ids) < self._min_tokens:
             row[self._ids] = -np.inf
 
+    def describe(self, edits: Edits, output_token_ids: list[int]) -> bool:
+        if len(output_token_ids) < self._min_tokens:
+            edits.masked.append(self._ids)
+        return True
+
 
 class LogitBias(LogitsProcessor):
     """Adds a number to the logits of some tokens; a masked token stays masked."""
@@ -81,3 +102,7 @@ class LogitBias(LogitsProcessor):
 
     def apply(self, row: np.ndarray, output_token_ids: list[int]) -> None:
         row[self._ids] += self._values
+
+    def describe(self, edits: Edits, output_token_ids: list[int]) -> bool:
+        edits.biased, edits.bias = self._ids, self._values
+        return True

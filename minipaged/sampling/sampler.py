@@ -21,6 +21,9 @@ from minipaged.sampling.margins import margin
 from minipaged.sampling.philox import uniform
 from minipaged.sampling.state import SamplingState
 
+DAMAGED = "the model's logits hold NaN or infinity; its weights or KV are damaged."
+"""What to tell the caller whose logits cannot be used."""
+
 
 @dataclass(slots=True)
 class SampledToken:
@@ -83,7 +86,7 @@ class Sampler:
     def _sample_row(self, raw, state, likeliest, suspect, uniform, with_margins) -> SampledToken:
         # A sum that is not finite may be a mere overflow; only then look at each logit.
         if suspect and not np.isfinite(raw).all():
-            return SampledToken(-1, error="the model's logits hold NaN or infinity; its weights or KV are damaged.")
+            return SampledToken(-1, error=DAMAGED)
         row = raw
         processors = state.processors
         if processors and not (state.params.greedy and all(p.spares(likeliest) for p in processors)):

@@ -20,7 +20,8 @@ def test_bytes_and_launches_of_a_decode_step(monkeypatch):
     result = kernels.measure(engine, [1], context=5, prompt_len=2, repetitions=3, progress=lambda text: None)
     config = engine.model.config
     decode = {row["kernel"]: row for row in result["kernels"] if row["step"] == "decode"}
-    assert sum(row["launches"] for row in decode.values()) == 8 * config.num_layers + 3
+    assert sum(row["launches"] for row in decode.values()) == 8 * config.num_layers + 4
+    assert decode["sample"]["bytes"] == 4 * config.vocab_size
     head = decode[f"product_plain {config.vocab_size} x {config.hidden_size}"]
     assert head["bytes"] == 4 * (config.vocab_size * config.hidden_size + config.hidden_size + config.vocab_size)
     assert head["operations"] == 2 * config.vocab_size * config.hidden_size

@@ -18,18 +18,20 @@ def tokens_of_kernel(raw, states, processed=None, num_lists=16, cc=(8, 0)):
     """What the kernel samples; rows of ``processed`` that are not NaN replace the raw ones."""
     num_rows, vocab_size = raw.shape
     reals = np.array([[s.params.temperature, s.params.top_p, s.params.min_p] for s in states], np.float64)
-    integers = np.zeros((num_rows, 4), np.int64)
+    integers = np.zeros((num_rows, 5), np.int64)
     for row, state in enumerate(states):
         seed = np.uint64(state.seed).astype(np.int64)
-        integers[row, :3] = seed, state.position, max(0, state.params.top_k)
+        integers[row, :4] = seed, state.position, max(0, state.params.top_k), row
     if processed is None:
         processed = np.full_like(raw, np.nan)
-    integers[:, 3] = ~np.isnan(processed[:, 0])
+    integers[:, 4] = ~np.isnan(processed[:, 0])
     grid, _ = sample.launch_dims(num_rows, num_lists)
     ids, weights = np.zeros((num_lists, vocab_size), np.int32), np.zeros((num_lists, vocab_size))
-    token = np.full(num_rows, -9, np.int32)
+    token = np.full((num_rows, 2), -9, np.int32)
     run(sample.build(), grid, (raw, processed, reals, integers, ids, weights, token, num_rows, vocab_size), cc=cc)
-    return token
+    finite = np.isfinite(raw).all(axis=1)
+    np.testing.assert_array_equal(token[finite, 1], raw[finite].argmax(axis=1))
+    return token[:, 0]
 
 
 def states_of(params, vocab_size, rng):
@@ -105,3 +107,17 @@ def test_a_row_without_an_answer_says_why_and_the_others_do_not_notice():
     want = Sampler(600).sample(raw[3:], states[3:])[0].token_id
     token = tokens_of_kernel(raw, states, processed)
     np.testing.assert_array_equal(token, [sample.NOT_FINITE, sample.ALL_MASKED, sample.OVERFLOWED, want])
+
+
+def test_several_draws_from_one_row_and_slots_without_any():
+    rng = np.random.default_rng(33)
+    states = states_of([{"temperature": 1.0}] * 3, 300, rng)
+    raw = rng.standard_normal((2, 300)).astype(np.float32)
+    rows = [1, 1, 0]
+    integers = np.array([[s.seed - (1 << 64 if s.seed >> 63 else 0), s.position, 0, 0, 0] for s in states] * 2)
+    integers[:, 3] = *rows, -1, -1, -1
+    reals, token = np.tile([1.0, 1.0, 0.0], (6, 1)), np.full((6, 2), -9, np.int32)
+    room = np.zeros((2, 300), np.int32), np.zeros((2, 300))
+    run(sample.build(), sample.launch_dims(6, 2)[0], (raw, raw, reals, integers, *room, token, 6, 300))
+    want = [each.token_id for each in Sampler(300).sample(raw[rows], states)]
+    assert token[:, 0].tolist() == [*want, -9, -9, -9]

@@ -63,18 +63,6 @@ def test_golden_tokens_whatever_happens(emulate):
     assert_all_blocks_back(engine)
 
 
-@pytest.mark.slow
-def test_a_copy_on_write(emulate):
-    """Two continuations share a partial block until they write to it; greedy, both are the golden one."""
-    case = GOLDEN["prompts"][1]
-    engine = cuda_engine("tiny-draft", block_size=16)
-    params = SamplingParams(temperature=0.001, n=2, seed=1, max_tokens=6, ignore_eos=True)
-    output = generate(engine, case["prompt_ids"], params)
-    assert engine.stats().num_blocks_copied > 0
-    for completion in output.outputs:
-        assert completion.token_ids == case["draft"]["greedy_ids"][:6]
-
-
 def test_emulation_is_loud_and_never_chosen_unasked(emulate, caplog):
     with caplog.at_level(logging.WARNING, "minipaged"):
         with LLM("tiny-draft", device="cuda", dtype="float32", max_num_batched_tokens=64) as llm:
@@ -121,9 +109,11 @@ def test_the_pool_takes_what_is_left(emulate, monkeypatch):
     assert 0 < free < total / 5 and total == 8 << 20
 
 
-def test_options_that_are_not_offered(emulate):
-    with pytest.raises(ConfigError, match="swap_space"):
-        cuda_engine("tiny-draft", swap_space=1)
+def test_a_draft_model_takes_its_share(emulate, monkeypatch):
+    monkeypatch.setattr(emulated, "MEMORY_BYTES", 4 << 20)
+    cuda_engine("tiny-draft", num_blocks=4).close()
+    with pytest.raises(OutOfDeviceMemoryError, match="LlamaForCausalLM .* and LlamaForCausalLM in float32 takes"):
+        cuda_engine("tiny-draft", num_blocks=4, speculative_model="tiny-draft")
 
 
 def test_asking_for_the_device_imports_nothing():

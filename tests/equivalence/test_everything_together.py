@@ -133,7 +133,6 @@ class Trace:
         if kind == "draft":
             proposer = DraftModelProposer(
                 self.draft_runner,
-                vocab_size=VOCAB,
                 num_blocks=limits.num_blocks,
                 block_size=limits.block_size,
                 max_model_len=limits.max_model_len,

@@ -105,7 +105,6 @@ def renew(engine: Engine, num_tokens: int, adaptive: bool, **limits) -> None:
     if isinstance(old, DraftModelProposer):
         proposer = DraftModelProposer(
             old.runner,
-            vocab_size=engine.model.config.vocab_size,
             num_blocks=limits["num_blocks"],
             block_size=engine.config.block_size,
             max_model_len=engine.max_model_len,

@@ -59,8 +59,8 @@ class Machine:
         """A block table for a sequence of so many tokens."""
         return np.array([self.free.pop() for _ in range(-(-num_tokens // self.block_size))], np.int32)
 
-    def step(self, parts: list[tuple], wanted: list[int] | None = None) -> list[np.ndarray]:
-        """Logits for ``parts`` of (token ids, block table, start, end); of all rows, or the ``wanted`` ones."""
+    def batch(self, parts: list[tuple], wanted: list[int] | None = None) -> Batch:
+        """A step of ``parts`` of (token ids, block table, start, end); logits of all rows, or the ``wanted`` ones."""
         size = self.block_size
         positions = [np.arange(start, end, dtype=np.int32) for _, _, start, end in parts]
         tables = [table for _, table, *_ in parts]
@@ -70,7 +70,7 @@ class Machine:
         for row, table in zip(block_tables, tables, strict=True):
             row[: len(table)] = table
         rows = np.arange(sum(lengths)) if wanted is None else np.array(wanted)
-        batch = Batch(
+        return Batch(
             input_ids=np.concatenate([ids[p] for (ids, *_), p in zip(parts, positions, strict=True)]),
             positions=np.concatenate(positions),
             slot_mapping=np.concatenate(slots),
@@ -79,7 +79,11 @@ class Machine:
             block_tables=block_tables,
             logits_indices=rows.astype(np.int32),
         )
-        logits = self.decoder.forward(batch, self.cache)
+
+    def step(self, parts: list[tuple], wanted: list[int] | None = None) -> list[np.ndarray]:
+        """Logits for ``parts``, as :meth:`batch` takes them."""
+        logits = self.decoder.forward(self.batch(parts, wanted), self.cache)
+        lengths = [end - start for *_, start, end in parts]
         return [logits] if wanted is not None else np.split(logits, np.cumsum(lengths)[:-1])
 
     def run(self, ids: np.ndarray, chunks: list[int], table: np.ndarray | None = None, start: int = 0) -> np.ndarray:

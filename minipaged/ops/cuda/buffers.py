@@ -5,9 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from cuda_kernels.dtypes import BYTES
+from minipaged.ops.sampling import MAX_TOP
 
 from .attention import workspace_floats
 from .device import Device, DeviceArray
+
+SAMPLED_AT_ONCE = 64
+"""Draws that have room to work in at the same time."""
 
 
 class Buffers:
@@ -16,6 +20,9 @@ class Buffers:
         hidden, output   [T, hidden_size] float32      normed    [T, hidden_size] A
         qkv              [T, heads, head_dim] float32  q, attended  [T, num_heads, head_dim] A
         inner            [T, intermediate_size] A      logits    [num_logits, vocab_size] float32
+        processed        [num_logits, vocab_size] float32, of draws whose logits are edited
+        list_ids, list_weights   [SAMPLED_AT_ONCE, vocab_size] int32, float64: room to draw in
+        answers          bytes (sampling.py)
         last_hidden, last_output   the rows of hidden and output whose logits are wanted
         workspace        [floats] float32              what attention keeps between chunks
 
@@ -40,6 +47,21 @@ class Buffers:
             array.free()
 
 
+def answer_fields(num_asks: int) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """Type, shape and first byte of what the device answers to so many asks, in one piece of memory."""
+    return {
+        "logprobs": ("f8", (num_asks,), 0),
+        "tokens": ("i4", (num_asks, 2), 8 * num_asks),
+        "ranks": ("i4", (num_asks,), 16 * num_asks),
+        "top": ("f8", (num_asks * MAX_TOP, 2), 24 * num_asks),  # last, so that only what is in use is fetched
+    }
+
+
+def answer_bytes(num_asks: int) -> int:
+    """Bytes of all of them."""
+    return (24 + 16 * MAX_TOP) * num_asks
+
+
 def shapes(config, activation: str, tokens: int, num_logits: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of each buffer of a model with these features."""
     f4, i4, act = np.dtype("f4"), np.dtype("i4"), np.dtype(f"u{BYTES[activation]}")
@@ -60,6 +82,10 @@ def shapes(config, activation: str, tokens: int, num_logits: int) -> dict[str, t
         "attended": ((tokens, config.num_heads, config.head_dim), act),
         "inner": ((inner,), act),
         "logits": ((num_logits, config.vocab_size), f4),
+        "processed": ((num_logits, config.vocab_size), f4),
+        "list_ids": ((min(num_logits, SAMPLED_AT_ONCE), config.vocab_size), i4),
+        "list_weights": ((min(num_logits, SAMPLED_AT_ONCE), config.vocab_size), np.dtype("f8")),
+        "answers": ((answer_bytes(num_logits),), np.dtype("u1")),
         "workspace": ((workspace_floats(config) if activation != "float32" else 1,), f4),
     }
     if moe:

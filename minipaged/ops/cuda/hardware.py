@@ -37,6 +37,7 @@ class HardwareDevice:
 
         self._api = driver
         self._token = object()
+        self._lock = threading.RLock()  # what another thread asks for must not end up in a graph
         self._context = None
         self._functions: dict[int, tuple[Kernel, object]] = {}
         self._allocations: set[int] = set()
@@ -147,10 +148,11 @@ class HardwareDevice:
     def _call(self, function: str, *arguments):
         """Call the driver from whichever thread this is; its results, or an error with its words."""
         api = self._api
-        if self._context is not None and getattr(_current, "token", None) is not self._token:
-            _current.token = self._token
-            self._call("cuCtxSetCurrent", self._context)
-        status, *results = getattr(api, function)(*arguments)
+        with self._lock:
+            if self._context is not None and getattr(_current, "token", None) is not self._token:
+                _current.token = self._token
+                self._call("cuCtxSetCurrent", self._context)
+            status, *results = getattr(api, function)(*arguments)
         if status != api.CUresult.CUDA_SUCCESS:
             raise self._error(status, function, arguments)
         return results[0] if len(results) == 1 else results
@@ -174,11 +176,12 @@ class _Graph:
     def __init__(self, device: HardwareDevice, calls: Sequence[Call]):
         self._device, self._calls = device, tuple(calls)  # their arguments were copied, their functions were not
         api, call = device._api, device._call
-        call("cuStreamBeginCapture", device._stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-        try:
-            device.run(calls)
-        finally:
-            graph = call("cuStreamEndCapture", device._stream)
+        with device._lock:
+            call("cuStreamBeginCapture", device._stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            try:
+                device.run(calls)
+            finally:
+                graph = call("cuStreamEndCapture", device._stream)
         device.num_launches -= len(calls)  # they were noted down, not started
         self._executable = call("cuGraphInstantiate", graph, 0)
         call("cuGraphDestroy", graph)

@@ -3,43 +3,78 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from cuda_kernels.dtypes import BYTES
 from cuda_kernels.product_plain import GROUP
 from minipaged.errors import OutOfDeviceMemoryError
 
+from .asks import max_words
 from .buffers import shapes
 from .device import Device
-from .inputs import input_bytes, max_tiles
+from .inputs import InputSizes, max_tiles
 
 MAX_LOGITS_ROWS = 256
-"""Rows of logits that are computed at once; a step that wants more (``prompt_logprobs``) takes several turns."""
+"""Rows of logits that are computed, and asks about them that are answered, at once; a step that wants more
+(``prompt_logprobs``) takes several turns."""
 
 
-def left_for_kv_cache(
-    device: Device, config, weight_format: str, activation: str, max_num_tokens: int, max_blocks: int
-) -> int:
-    """Bytes that weights and buffers leave of what is free now.
+@dataclass(frozen=True)
+class Needs:
+    """A model that will run on the device, and its largest step: ``max_blocks`` is that of one sequence."""
+
+    config: object
+    weight_format: str
+    activation: str
+    max_num_tokens: int
+    max_blocks: int
+
+    @property
+    def weights(self) -> int:
+        """Bytes of its weights."""
+        return weight_bytes(self.config, self.weight_format, self.activation)
+
+    @property
+    def buffers(self) -> int:
+        """Bytes that a step takes."""
+        inputs = input_sizes(self.config, self.max_num_tokens, self.max_blocks).nbytes
+        return buffer_bytes(self.config, self.activation, self.max_num_tokens) + inputs
+
+
+def left_for_kv_cache(device: Device, models: list[Needs], reserved: int = 0) -> int:
+    """Bytes that the weights and buffers of all models, and what is ``reserved``, leave of what is free now.
 
     Raises :class:`~minipaged.errors.OutOfDeviceMemoryError` if nothing is left.
     """
     free, total = device.memory()
-    weights = weight_bytes(config, weight_format, activation)
-    inputs = input_bytes(max_num_tokens, max_tiles(config, max_num_tokens), max_blocks)
-    buffers = buffer_bytes(config, activation, max_num_tokens) + inputs
-    left = free - weights - buffers
+    left = free - reserved - sum(model.weights + model.buffers for model in models)
     if left <= 0:
+        taken = " and ".join(
+            f"{model.config.architecture} in {model.weight_format} takes {model.weights:,} bytes and a step of "
+            f"{model.max_num_tokens} tokens {model.buffers:,}"
+            for model in models
+        )
         raise OutOfDeviceMemoryError(
-            f"{config.architecture} in {weight_format} takes {weights:,} bytes and a step of {max_num_tokens} tokens "
-            f"{buffers:,}, but only {free:,} of the {total:,} bytes of {device.name} are free; use quantization='int8' "
+            f"{taken}, but only {free:,} of the {total:,} bytes of {device.name} are free; use quantization='int8' "
             "or 'int4', a smaller model, or lower max_num_batched_tokens."
         )
     return left
 
 
+def num_logits(max_num_tokens: int) -> int:
+    """Rows of logits that are computed at once by a model that takes so many tokens a step."""
+    return min(max_num_tokens, MAX_LOGITS_ROWS)
+
+
+def input_sizes(config, max_num_tokens: int, max_blocks: int) -> InputSizes:
+    """Sizes of the memory of a step's inputs."""
+    tiles = max_tiles(config, max_num_tokens)
+    return InputSizes(max_num_tokens, tiles, max_blocks, num_logits(max_num_tokens), max_words(config.vocab_size))
+
+
 def buffer_bytes(config, activation: str, max_num_tokens: int) -> int:
     """Bytes of :class:`~minipaged.ops.cuda.buffers.Buffers`."""
-    made = shapes(config, activation, max_num_tokens, min(max_num_tokens, MAX_LOGITS_ROWS))
+    made = shapes(config, activation, max_num_tokens, num_logits(max_num_tokens))
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in made.values())
 
 

@@ -26,12 +26,15 @@ from cuda_kernels import (
     attention_reduce,
     embedding,
     layer_norm,
+    logprobs,
     moe,
+    processors,
     product,
     product_plain,
     rms_norm,
     rope_kv,
     row_gather,
+    sample,
 )
 from cuda_kernels.attention_plain import NO_WINDOW
 from cuda_kernels.kernel import Kernel
@@ -168,9 +171,7 @@ class Plan:
             **cache,
         )
 
-    def attention(
-        self, config, layout, inputs: StepInputs, q, cache: dict, out, workspace, window: int | None
-    ) -> None:
+    def attention(self, config, layout, inputs: StepInputs, q, cache: dict, out, workspace, window: int | None) -> None:
         """Every row over the keys that it sees: the ``window`` last ones of its sequence, or all."""
         shape = self.attention_shape
         sizes = (config.num_heads, config.num_kv_heads, config.head_dim, layout.block_size, config.attention_soft_cap)
@@ -264,11 +265,55 @@ class Plan:
 
     def gather(self, x, indices, out, width: int, num_rows: int) -> None:
         """``out = x[indices]``, ``num_rows`` rows of float32."""
-        self._add(
-            row_gather.build(), row_gather.launch_dims(num_rows)[0], x=x, indices=indices, out=out, width=width
-        )
+        self._add(row_gather.build(), row_gather.launch_dims(num_rows)[0], x=x, indices=indices, out=out, width=width)
 
     def soft_cap(self, x, width: int, cap: float) -> None:
         """``x = cap * tanh(x / cap)``."""
         grid = activation.launch_dims(self.num_rows, width)[0]
         self._add(activation.build_soft_cap(), grid, x=x, width=width, cap=cap)
+
+    def process_logits(self, inputs: StepInputs, raw, processed, vocab_size: int) -> None:
+        """Rows of ``processed`` for the asks that edit their logits."""
+        self._add(
+            processors.build(),
+            processors.launch_dims(self.num_rows)[0],
+            raw=raw,
+            processed=processed,
+            rows=inputs.rows,
+            starts=inputs.starts,
+            masks=inputs.masks,
+            penalties=inputs.penalties,
+            words=inputs.words,
+            floats=inputs.words,
+            vocab_size=vocab_size,
+        )
+
+    def sample(self, inputs: StepInputs, buffers, token: int, vocab_size: int) -> None:
+        """A token for each ask that draws one."""
+        self._add(
+            sample.build(),
+            sample.launch_dims(self.num_rows, buffers.list_ids.shape[0])[0],
+            raw=buffers.logits,
+            processed=buffers.processed,
+            reals=inputs.reals,
+            integers=inputs.integers,
+            ids=buffers.list_ids,
+            weights=buffers.list_weights,
+            token=token,
+            num_draws=self.num_rows,
+            vocab_size=vocab_size,
+        )
+
+    def logprobs(self, inputs: StepInputs, logits, token: int, logprob: int, rank: int, top: int, vocab_size: int):
+        """Log-probabilities for the asks that want some."""
+        self._add(
+            logprobs.build(),
+            logprobs.launch_dims(self.num_rows)[0],
+            logits=logits,
+            facts=inputs.facts,
+            token=token,
+            logprob=logprob,
+            rank=rank,
+            top=top,
+            vocab_size=vocab_size,
+        )

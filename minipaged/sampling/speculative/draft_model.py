@@ -25,16 +25,16 @@ from minipaged.core.block_table import BlockTable
 from minipaged.core.prefix_cache import PrefixCache
 from minipaged.core.request import Request
 from minipaged.core.scheduler_output import ScheduledSequence, SchedulerOutput
-from minipaged.sampling.sampler import Sampler
 from minipaged.sampling.speculative.cost import LinearCost
 from minipaged.sampling.speculative.proposer import DraftWish
+from minipaged.sampling.step_logits import DrawOrder, PromptOrder, StepLogits
 
 
 class DraftRunner(Protocol):
     """What computes the draft model: ``minipaged.runner.Runner`` over its own KV cache."""
 
-    def execute(self, plan: SchedulerOutput):
-        """Carry out a plan; the result's ``to_sample()`` is float32 ``[sequences that sample, vocab]``."""
+    def execute(self, plan: SchedulerOutput, prompts: dict[str, PromptOrder], draws: list[DrawOrder]) -> StepLogits:
+        """Carry out a plan; ``draws``: what is wanted of each sequence that samples."""
 
     def close(self) -> None:
         """End its threads."""
@@ -81,7 +81,6 @@ class DraftModelProposer:
 
     Args:
         runner: the draft model with its KV cache of ``num_blocks`` blocks.
-        vocab_size: of both models.
         num_blocks, block_size: of the draft's pool. A sequence that finds no block gets no draft.
         max_model_len: positions that the draft model has; longer sequences get no draft.
         max_num_tokens: tokens of a forward pass, at most; a longer backlog takes several steps.
@@ -94,7 +93,6 @@ class DraftModelProposer:
         self,
         runner: DraftRunner,
         *,
-        vocab_size: int,
         num_blocks: int,
         block_size: int,
         max_model_len: int,
@@ -107,7 +105,6 @@ class DraftModelProposer:
         self.runner = runner
         self.pool = BlockPool(num_blocks)
         self._prefix_cache = PrefixCache(self.pool, block_size)
-        self._sampler = Sampler(vocab_size)
         self._block_size = block_size
         self._max_model_len = max_model_len
         self._max_num_tokens = max_num_tokens
@@ -156,8 +153,9 @@ class DraftModelProposer:
         return plan, sampling
 
     def _guess(self, plan: SchedulerOutput, sampling: list[_Draft]) -> None:
-        logits = self.runner.execute(plan).to_sample()
-        sampled = self._sampler.sample(logits, [draft.sampling for draft in sampling])
+        states = [draft.sampling for draft in sampling]
+        logits = self.runner.execute(plan, {}, [DrawOrder([state]) for state in states])
+        sampled = logits.draw(logits.sample_rows, states)
         for draft, token in zip(sampling, sampled, strict=True):
             if token.error is None:  # else it is the draft's damage alone: fewer guesses
                 draft.guess(token.token_id)

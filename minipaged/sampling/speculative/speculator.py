@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
-
-import numpy as np
 
 from minipaged.core.request import Request
 from minipaged.core.scheduler_output import SchedulerOutput
-from minipaged.sampling.sampler import SampledToken, Sampler
+from minipaged.sampling.sampler import SampledToken
 from minipaged.sampling.speculative.adaptive import Candidate, LengthController
 from minipaged.sampling.speculative.proposer import DraftWish, Proposer
 from minipaged.sampling.speculative.verification import Guess, verify
 from minipaged.sampling.state import SamplingState
-
-
-class Logits(Protocol):
-    """Logits of a step: ``minipaged.runner.StepLogits``."""
-
-    logits: np.ndarray
-    sample_rows: np.ndarray
+from minipaged.sampling.step_logits import StepLogits
 
 
 class Speculator:
@@ -110,9 +101,7 @@ class Speculator:
             wish.num_tokens = length
         return [wish for wish in wishes if wish.num_tokens]
 
-    def verify(
-        self, plan: SchedulerOutput, sampler: Sampler, logits: Logits, drawn: dict[str, list[SampledToken]]
-    ) -> dict[str, int]:
+    def verify(self, plan: SchedulerOutput, logits: StepLogits, drawn: dict[str, list[SampledToken]]) -> dict[str, int]:
         """Add to the tokens ``drawn``, by request id, those that follow draft tokens that were right.
 
         Returns the number of draft tokens that were right, by request id.
@@ -124,7 +113,7 @@ class Speculator:
             if count and drawn[name][0].error is None:
                 wish = self._wishes[name]
                 guesses[name] = Guess(int(row), sequence.token_ids[-count:], wish.sampling, drawn[name])
-        verify(sampler, logits.logits, list(guesses.values()))
+        verify(logits.draw, list(guesses.values()))
         self._accepted = {name: len(guess.tokens) - 1 for name, guess in guesses.items()}
         return self._accepted
 

@@ -25,12 +25,13 @@ nothing such as prompt lookup, the two rules accept alike.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-
-from minipaged.sampling.sampler import SampledToken, Sampler
+from minipaged.sampling.sampler import SampledToken
 from minipaged.sampling.state import SamplingState
+
+DrawRows = Callable[[list[int], list[SamplingState]], list[SampledToken]]
 
 
 @dataclass(slots=True)
@@ -50,41 +51,41 @@ class Guess:
     tokens: list[SampledToken]
 
 
-def verify(sampler: Sampler, logits: np.ndarray, guesses: list[Guess]) -> None:
+def verify(draw: DrawRows, guesses: list[Guess]) -> None:
     """Sample on along each draft up to its first wrong token, all sequences together, depth by depth.
 
     A sequence ends early where the logits cannot be used; if they really cannot, the next step, which
     computes that position again, will say so.
 
     Args:
-        logits: float32 ``[rows, vocab]``.
+        draw: samples a token from each of some rows of the step's logits, each with a state.
     """
     # What is drawn greedily from the model's own logits depends on nothing sampled before it.
     simple = [guess for guess in guesses if guess.sampling.memoryless]
     if simple:
-        _verify_at_once(sampler, logits, simple)
+        _verify_at_once(draw, simple)
     if len(simple) < len(guesses):
-        _verify_in_turn(sampler, logits, [guess for guess in guesses if not guess.sampling.memoryless])
+        _verify_in_turn(draw, [guess for guess in guesses if not guess.sampling.memoryless])
 
 
-def _verify_at_once(sampler: Sampler, logits: np.ndarray, guesses: list[Guess]) -> None:
+def _verify_at_once(draw: DrawRows, guesses: list[Guess]) -> None:
     rows = [row for g in guesses for row in range(g.row + 1, g.row + 1 + len(g.draft_token_ids))]
     states = [g.sampling for g in guesses for _ in g.draft_token_ids]
-    sampled = iter(sampler.sample(logits[rows], states))
+    sampled = iter(draw(rows, states))
     for guess in guesses:
         for depth, token in enumerate(itertools.islice(sampled, len(guess.draft_token_ids))):
             if _is_right(guess, depth) and token.error is None:
                 guess.tokens.append(token)
 
 
-def _verify_in_turn(sampler: Sampler, logits: np.ndarray, guesses: list[Guess]) -> None:
+def _verify_in_turn(draw: DrawRows, guesses: list[Guess]) -> None:
     known = [len(guess.sampling.output_token_ids) for guess in guesses]
     depth, alive = 0, guesses
     while alive := [guess for guess in alive if _is_right(guess, depth)]:
         for guess in alive:
             guess.sampling.append(guess.tokens[-1].token_id)
         depth += 1
-        sampled = sampler.sample(logits[[guess.row + depth for guess in alive]], [guess.sampling for guess in alive])
+        sampled = draw([guess.row + depth for guess in alive], [guess.sampling for guess in alive])
         for guess, token in zip(alive, sampled, strict=True):
             if token.error is None:
                 guess.tokens.append(token)

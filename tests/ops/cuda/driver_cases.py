@@ -15,7 +15,9 @@ from minipaged.errors import DeviceError, OutOfDeviceMemoryError
 from minipaged.ops.cuda import available
 from minipaged.ops.cuda.device import DeviceArray, bind
 from minipaged.ops.cuda.hardware import HardwareDevice, compile_target
+from minipaged.ops.sampling import Ask, Draw, Edits
 from tests.support import fake_driver
+from tests.support.cuda_machine import Machine
 
 
 @pytest.fixture
@@ -78,6 +80,49 @@ def test_two_devices_take_turns_on_one_thread(driver, call):
     device.run([call])
     device.run([call])
     assert driver.num_context_switches == before + 1
+
+
+def test_what_another_thread_asks_for_is_not_captured(driver, call, monkeypatch):
+    call, device, arrays = call
+    found, run = [], device.run
+    other = threading.Thread(target=lambda: found.append(arrays[0].to_host()))
+
+    def run_beside_another(calls):
+        other.start()
+        other.join(0.2)
+        run(calls)
+
+    monkeypatch.setattr(device, "run", run_beside_another)
+    device.record([call])
+    other.join()
+    assert found[0].shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    "edits, logprobs, kernels",
+    [
+        (None, -1, ["sample"]),
+        (Edits(masked=[np.array([3])]), 0, ["process_logits", "sample", "logprobs"]),
+    ],
+)
+def test_a_decode_step_is_one_upload_one_launch_and_one_download(driver, edits, logprobs, kernels):
+    """Three sequences that sample, after their graph was recorded; a block is copied in front of it."""
+    machine = Machine(HardwareDevice(), "llama_gqa")
+    ids, tables = np.arange(9, dtype=np.int32), [machine.blocks(9) for _ in range(3)]
+    asks = [Ask(row, Draw(1.0, seed=2**64 - 1, edits=edits), num_top=logprobs) for row in range(3)]
+    for position in (5, 6):
+        driver.copies.clear()
+        driver.launches.clear()
+        graph_launches = driver.graph_launches
+        batch = machine.batch([(ids, table, position, position + 1) for table in tables])
+        answers = machine.decoder.sample(batch, machine.cache, asks, [(1, 2)] if position == 6 else [])
+    assert [kind for kind, _ in driver.copies] == ["upload", "download"]
+    assert driver.graph_launches == graph_launches + 1
+    entries = [launched.entry.split("__")[0] for launched in driver.launches]
+    assert entries[0] == "copy_blocks" and entries[-len(kernels) :] == kernels
+    layers = machine.config.num_layers
+    assert len(entries) == 1 + 8 * layers + 3 + len(kernels)
+    assert len(answers.tokens) == 3
 
 
 def test_shared_memory_beyond_48_kilobytes_is_asked_for(driver):

@@ -12,10 +12,10 @@ from tests.support.cuda_devices import DEVICES, make_device
 
 # isort: split
 
-from minipaged.model import cuda_decoder
 from minipaged.ops.cuda import attention, memory
 from minipaged.ops.cuda.attention import PLAIN
-from minipaged.ops.cuda.inputs import input_bytes, max_tiles
+from minipaged.ops.cuda.inputs import max_tiles
+from minipaged.ops.cuda.sampling import Needs
 from minipaged.ops.cuda.weights import total_bytes
 from tests.support.cuda_machine import Machine, parity_config
 
@@ -36,11 +36,11 @@ def token_ids(machine: Machine, count: int) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     "name, per_layer, besides",
     [
-        ("llama_gqa", 8, 3),  # embedding, final norm, lm_head
-        ("gpt2_tied", 8, 3),
-        ("qwen3_head_dim", 8, 3),
-        ("gemma3_pattern", 8, 3),
-        ("gemma2_soft_caps", 8, 4),  # the cap of the logits
+        ("llama_gqa", 8, 4),  # embedding, final norm, lm_head, sampling
+        ("gpt2_tied", 8, 4),
+        ("qwen3_head_dim", 8, 4),
+        ("gemma3_pattern", 8, 4),
+        ("gemma2_soft_caps", 8, 5),  # the cap of the logits
     ],
 )
 def test_launches_of_a_decode_step(name, per_layer, besides):
@@ -48,6 +48,7 @@ def test_launches_of_a_decode_step(name, per_layer, besides):
     layers = Counter(call.kernel.name for call in machine.decoder._plan(1, 1, PLAIN))
     assert layers["embedding"] == 1
     calls = [*machine.decoder._plan(1, 1, PLAIN), *machine.decoder._logits_plan(0, 1)]
+    calls += machine.decoder.sampling.calls(1, Needs())
     assert len(calls) == per_layer * machine.config.num_layers + besides
 
 
@@ -67,7 +68,7 @@ def test_a_graph_gives_what_its_launches_give(device):
     for a, b in zip(expected, found, strict=True):
         np.testing.assert_array_equal(a, b)
     assert plain_launches == graph_launches
-    assert [bucket for bucket, _ in graphs.decoder._graphs] == [4] and not plain.decoder._graphs
+    assert [bucket for bucket, *_ in graphs.decoder._graphs] == [4] and not plain.decoder._graphs
 
 
 def test_without_recordings_the_launches_do(monkeypatch):
@@ -90,7 +91,7 @@ def test_rows_nobody_wants_are_left_out(device):
 
 
 def test_many_rows_of_logits_take_turns(monkeypatch):
-    monkeypatch.setattr(cuda_decoder, "MAX_LOGITS_ROWS", 8)
+    monkeypatch.setattr(memory, "MAX_LOGITS_ROWS", 8)
     machine = Machine(make_device("emulated"), "llama_gqa")
     ids = token_ids(machine, 1)[0]
     found = machine.run(ids, [LENGTH])
@@ -106,7 +107,7 @@ def test_memory_is_known_beforehand(name):
     matrices = memory.weight_bytes(config, "float32", "float32")
     assert matrices <= total_bytes(decoder.weights) <= 1.1 * matrices  # vectors weigh more in small models
     assert memory.buffer_bytes(config, "float32", 96) == decoder.buffers.nbytes
-    assert input_bytes(96, max_tiles(config, 96), 16) == decoder.inputs.nbytes
+    assert memory.input_sizes(config, 96, 16).nbytes == decoder.inputs.nbytes
 
 
 @pytest.mark.slow

@@ -43,3 +43,9 @@ def test_the_tests_for_a_card_pass_on_it():
 def test_the_tests_of_kernels_run_on_it():
     kernels = ROOT / "tests" / "cuda_kernels"
     assert run_with_fake_driver("-m", "gpu", kernels / "test_argmax_kernel.py") >= 3
+
+
+@pytest.mark.slow
+def test_sampling_and_all_that_continues_a_prompt_run_on_it():
+    files = FOLDER / "test_device_sampling.py", FOLDER / "test_cuda_kv.py", ROOT / "tests/engine/test_cuda_sampling.py"
+    assert run_with_fake_driver("-m", "gpu", *files) >= 20

@@ -20,7 +20,7 @@ class Toy:
         self.slots = {}
         self.passes = []
 
-    def execute(self, plan):
+    def execute(self, plan, prompts, draws):
         rows = []
         self.passes.append(plan.num_tokens)
         for s in plan.scheduled:
@@ -32,8 +32,12 @@ class Toy:
         self.logits = np.array(rows, np.float32).reshape(-1, VOCAB)
         return self
 
-    def to_sample(self):
-        return self.logits
+    @property
+    def sample_rows(self):
+        return list(range(len(self.logits)))
+
+    def draw(self, rows, states):
+        return Sampler(VOCAB).sample(self.logits[rows], states)
 
     def close(self):
         self.closed = True
@@ -73,7 +77,6 @@ def alone(w, num_tokens):
 def make(num_blocks=64, max_model_len=200, max_num_tokens=64):
     return DraftModelProposer(
         Toy(),
-        vocab_size=VOCAB,
         num_blocks=num_blocks,
         block_size=BLOCK_SIZE,
         max_model_len=max_model_len,
@@ -155,8 +158,8 @@ def test_damaged_logits_give_no_guess(monkeypatch):
     proposer, w = make(), wish([1, 2, 3], 3, temperature=0)
     whole = Toy.execute
 
-    def damaged(self, plan):
-        result = whole(self, plan)
+    def damaged(self, *order):
+        result = whole(self, *order)
         if len(self.passes) == 2:
             result.logits[:] = np.nan
         return result

@@ -39,7 +39,7 @@ class Chain:
             Guess(row, draft, state, [token])
             for row, draft, state, token in zip(starts.tolist(), drafts, states, first, strict=True)
         ]
-        verify(self.sampler, rows, guesses)
+        verify(lambda which, states: self.sampler.sample(rows[which], states), guesses)
         return [[token.token_id for token in guess.tokens] for guess in guesses]
 
 
@@ -78,7 +78,7 @@ def test_damaged_logits_behind_a_right_guess_end_the_step():
     rows = chain.table[[0, *wanted[:2]]].copy()
     rows[1] = np.nan
     guess = Guess(0, wanted[:2], mine, sampler.sample(rows[:1], [mine]))
-    verify(sampler, rows, [guess])
+    verify(lambda which, states: sampler.sample(rows[which], states), [guess])
     assert [token.token_id for token in guess.tokens] == wanted[:1]
     assert mine.output_token_ids == []
 
