@@ -97,7 +97,9 @@ def _work(work, admitted: bool) -> str:
     if work.num_swapped_tokens:
         parts.append(f"gets {count(work.num_swapped_tokens, 'token')} back from host memory")
     known = work.num_tokens - work.num_lookahead_tokens
-    parts.append(f"computes {count(known, 'prompt token')}" if work.kind == "prefill" else "decodes 1 token")
+    # One that was preempted computes its output again with its prompt.
+    noun = "prompt token" if work.num_computed_tokens + known <= work.sequence.num_prompt_tokens else "token"
+    parts.append(f"computes {count(known, noun)}" if work.kind == "prefill" else "decodes 1 token")
     if work.num_lookahead_tokens:
         parts.append(f"verifies {count(work.num_lookahead_tokens, 'guess')}, {work.num_accepted_tokens} right")
     return f"{work.sequence.sequence_id} {', '.join(parts)}"

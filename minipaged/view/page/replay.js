@@ -200,7 +200,8 @@ function doing(work, admitted) {
   const parts = admitted ? ["is admitted"] : [];
   if (work.cached) parts.push(`takes ${amount(work.cached, "token")} from the prefix cache`);
   if (work.swapped) parts.push(`gets ${amount(work.swapped, "token")} back from host memory`);
-  parts.push(work.kind === "prefill" ? `computes ${amount(work.tokens - work.guesses, "prompt token")}` : "decodes 1 token");
+  const known = work.tokens - work.guesses, noun = work.start + known <= work.sequence.prompt ? "prompt token" : "token";
+  parts.push(work.kind === "prefill" ? `computes ${amount(known, noun)}` : "decodes 1 token");
   if (work.guesses) parts.push(`verifies ${amount(work.guesses, "guess")}, ${work.accepted} right`);
   return parts.join(", ");
 }
