@@ -101,24 +101,27 @@ class Canvas:
         self._body.append(f'<rect x="{_n(x)}" y="{_n(y)}" width="{_n(width)}" height="{_n(height)}" fill="{paint}"/>')
 
     def _add(self, tag: str, shape: str, classes: str, title: str | None = None):
-        if "f-" not in classes:
-            shape += ' fill="none"'  # an attribute: a rule would reach the filled shapes of other pictures in a page
         if title is None:
             self._body.append(f"<{tag} {shape}{self._class(classes)}/>")
         else:
             self._body.append(f"<{tag} {shape}{self._class(classes)}><title>{escape(clean(title))}</title></{tag}>")
 
     def _class(self, classes: str) -> str:
-        names = [f"mp-{name}" for name in classes.split()]
+        """Attributes with the light colours, and the classes by which the style turns them into the dark ones.
+
+        Attributes, because some sites that show notebooks take the style out of a picture, and because a rule for
+        what has no fill would reach the filled shapes of other pictures in a page.
+        """
+        names = [f"mp-{name}" for name in classes.split() if name != "bold"]
         self._classes.update(names)
-        return f' class="{" ".join(names)}"'
+        colours = theme.attributes(classes.split())
+        return f'{colours} class="{" ".join(names)}"'
 
     def picture(self, height: float, title: str, description: str) -> Picture:
         """The drawing. ``title`` and ``description`` are what a screen reader tells of it."""
         width, height = _n(self.width), _n(height)
-        self._class("f-page s-line")
-        body = f'<rect x="0.5" y="0.5" width="{_n(self.width - 1)}" height="{_n(float(height) - 1)}" rx="8" '
-        body += 'class="mp-f-page mp-s-line"/>\n' + "\n".join(self._body)
+        size = f'width="{_n(self.width - 1)}" height="{_n(float(height) - 1)}"'
+        body = f'<rect x="0.5" y="0.5" {size} rx="8"{self._class("f-page s-line")}/>\n' + "\n".join(self._body)
         if self._definitions:
             body = f"<defs>{''.join(self._definitions.values())}</defs>\n{body}"
         key = hashlib.sha256(body.encode()).hexdigest()[:8]  # several pictures may stand in one page
@@ -134,10 +137,9 @@ class Canvas:
         )
 
     def _style(self) -> str:
-        light, dark = (theme.colour_rules(kind) for kind in (0, 1))
-        used = sorted(self._classes)
-        rules = ["".join(f".{name}{{{kind[name]}}}" for name in used if name in kind) for kind in (light, dark)]
-        return f"{rules[0]}.mp-bold{{stroke-width:2.5}}@media (prefers-color-scheme:dark){{{rules[1]}}}"
+        dark = theme.dark_rules()
+        rules = "".join(f".{name}{{{dark[name]}}}" for name in sorted(self._classes))
+        return f"@media (prefers-color-scheme:dark){{{rules}}}"
 
 
 def _n(value: float) -> str:

@@ -40,13 +40,22 @@ COLOURS = {
 }
 
 
-def colour_rules(kind: int) -> dict[str, str]:
-    """CSS declarations by class: ``mp-f-NAME`` fills with a colour, ``mp-s-NAME`` strokes; 0 light, 1 dark."""
-    rules = {}
-    for name, colours in COLOURS.items():
-        rules[f"mp-f-{name}"] = f"fill:{colours[kind]}"
-        rules[f"mp-s-{name}"] = f"stroke:{colours[kind]}"
-    return rules
+def attributes(classes: list[str]) -> str:
+    """SVG attributes with the light colours of classes: ``f-NAME`` fills, ``s-NAME`` strokes, ``bold`` a wide line."""
+    found = {"fill": "none"}
+    for name in classes:
+        kind, _, colour = name.partition("-")
+        if name == "bold":
+            found["stroke-width"] = "2.5"
+        else:
+            found[{"f": "fill", "s": "stroke"}[kind]] = COLOURS[colour][0]
+    return "".join(f' {name}="{value}"' for name, value in found.items())
+
+
+def dark_rules() -> dict[str, str]:
+    """CSS declarations with the dark colours by class, ``mp-f-NAME`` and ``mp-s-NAME``."""
+    fills = {f"mp-f-{name}": f"fill:{dark}" for name, (_, dark) in COLOURS.items()}
+    return fills | {f"mp-s-{name}": f"stroke:{dark}" for name, (_, dark) in COLOURS.items()}
 
 
 def custom_properties(kind: int) -> str:

@@ -24,7 +24,14 @@ PARAMS = [
 
 @pytest.fixture(scope="module")
 def llm():
-    with LLM("tiny-draft", **SMALL, swap_space=1 << 20, speculative_model="ngram", check_integrity=True) as model:
+    with LLM(
+        "tiny-draft",
+        **SMALL,
+        swap_space=1 << 20,
+        speculative_model="ngram",
+        adaptive_speculation=False,
+        check_integrity=True,
+    ) as model:
         yield model
 
 

@@ -30,6 +30,9 @@ def parse(picture):
         for name, limit in (("x", width), ("y", height)):
             if element.tag in (f"{SVG}rect", f"{SVG}text") and element.get(name):
                 assert 0 <= float(element.get(name)) <= limit
+    for element in root.iter():  # with the style taken out, as some sites do, it still has its light colours
+        if element.tag in (f"{SVG}rect", f"{SVG}circle", f"{SVG}text"):
+            assert element.get("fill"), ElementTree.tostring(element)
     classes = {name for element in root.iter() for name in (element.get("class") or "").split()}
     style = root.find(f"{SVG}style").text
     assert all(f".{name}{{" in style for name in classes) and "prefers-color-scheme:dark" in style

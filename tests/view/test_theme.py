@@ -33,5 +33,9 @@ def test_contrasts(kind):
 
 
 def test_both_themes_name_the_same_colours():
-    assert theme.colour_rules(0).keys() == theme.colour_rules(1).keys()
-    assert theme.custom_properties(0).count("--") == len(theme.COLOURS)
+    for name, (light, dark) in theme.COLOURS.items():
+        assert theme.attributes([f"f-{name}", "bold"]) == f' fill="{light}" stroke-width="2.5"'
+        assert theme.attributes([f"s-{name}"]) == f' fill="none" stroke="{light}"'
+        assert theme.dark_rules()[f"mp-f-{name}"] == f"fill:{dark}"
+    for kind in (0, 1):
+        assert theme.custom_properties(kind).count("--") == len(theme.COLOURS)
