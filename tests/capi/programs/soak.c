@@ -1,14 +1,13 @@
 /* Many threads, random lengths, cancels, early frees and destroys: every request ends exactly once, with the
  * tokens it has alone, and nothing is left over.
  * Usage: soak MODEL SECONDS [THREADS [REQUESTS]]   (SECONDS 0: one round; else memory of the second half is
- * compared with that at its beginning) */
+ * compared with that at its beginning; a process that is stopped does not age meanwhile) */
 #define _GNU_SOURCE
 #include <minipaged.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { NUM_PROMPTS = 24, MAX_LENGTH = 40 };
@@ -204,6 +203,22 @@ static void destroy_early(void)
     pthread_join(thread, NULL);
 }
 
+static int tenths; /* of seconds that this process had */
+
+static void *grow_older(void *unused)
+{
+    for (;;) {
+        usleep(100000);
+        __atomic_store_n(&tenths, __atomic_load_n(&tenths, __ATOMIC_RELAXED) + 1, __ATOMIC_RELAXED);
+    }
+    return unused;
+}
+
+static double age(void)
+{
+    return __atomic_load_n(&tenths, __ATOMIC_RELAXED) / 10.0;
+}
+
 static long resident_kib(void)
 {
     long pages = 0;
@@ -256,7 +271,7 @@ int main(int argc, char **argv)
     double seconds = argc > 2 ? atof(argv[2]) : 0;
     int num_threads = argc > 3 ? atoi(argv[3]) : 64, number = 0;
     minipaged_engine_options options = MINIPAGED_ENGINE_OPTIONS_INIT;
-    time_t started;
+    pthread_t clock;
     long half = 0, end;
     if (argc < 2 || num_threads < 1 || num_threads > 256)
         return 2;
@@ -270,13 +285,15 @@ int main(int argc, char **argv)
         return 1;
     }
     measure_alone();
-    started = time(NULL);
+    pthread_create(&clock, NULL, grow_older, NULL);
     do {
         round_of(num_threads, ++number);
         end = resident_kib();
-        if (!half && difftime(time(NULL), started) >= seconds / 2)
+        if (!half && age() >= seconds / 2)
             half = end;
-    } while (difftime(time(NULL), started) < seconds && !num_failures);
+        if (getenv("SOAK_VERBOSE"))
+            fprintf(stderr, "%d rounds, %.0f s, resident %ld KiB\n", number, age(), end);
+    } while (age() < seconds && !num_failures);
     if (minipaged_engine_destroy(engine))
         FAIL("destroy");
     printf("%d rounds of %d threads x %d requests, %d failures; resident %ld KiB at half time, %ld KiB at the end "
