@@ -33,7 +33,8 @@
  * minipaged_engine_step), never on the compute thread, in token order within a request, one at a time
  * within an engine. A callback may call anything but what waits: create, destroy, step, and wait, read or
  * next with a timeout other than 0, return MINIPAGED_ERROR_BUSY there. It must not throw, longjmp or end
- * its thread.
+ * its thread. A slow one delays the others; compute goes on, but where it takes every core each step first
+ * waits up to a millisecond for callbacks that are due.
  *
  * STATUS. Functions return int32_t: 0 is success, a positive value is information (nothing failed), a
  * negative value is an error. Values are never renumbered. minipaged_error() is the text of the calling

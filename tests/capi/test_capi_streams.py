@@ -27,6 +27,17 @@ def test_callbacks_give_the_tokens_in_order_on_one_other_thread(api, engine, llm
     assert thread != threading.get_ident()
 
 
+def test_a_chunk_says_when_its_token_was_sampled(api, engine):
+    listener = Listener(api)
+    options = api.struct("request_options", callback=listener.callback)
+    request = api.submit(engine, "ROMEO:\n", api.struct("sampling", max_tokens=1), options)
+    api.check(api.wait(engine, request, api.FOREVER))
+    info = api.filled(api.request_poll, "request_info", engine, request)
+    assert [chunk["produced_ns"] for chunk in listener.chunks] == [info.first_token_ns]
+    assert info.submitted_ns < info.first_token_ns < info.finished_ns
+    api.check(api.request_free(engine, request))
+
+
 def test_a_callback_can_stop_its_request(api, engine):
     listener = Listener(api, answer=lambda chunk: len(listener.chunks) >= 3)
     options = api.struct("request_options", callback=listener.callback)

@@ -186,6 +186,7 @@ class Listener:
                 "finished": chunk.finished,
                 "status": chunk.status,
                 "error": self.ffi.string(chunk.error).decode(),
+                "produced_ns": chunk.produced_ns,
             }
         )
         return self.answer(chunk) if self.answer else 0
