@@ -131,6 +131,7 @@ class Engine(Observed):
         priority: int = 0,
         cache_salt: str | None = None,
         stream: bool = False,
+        live: bool = False,
     ) -> SequenceGroup:
         """Tokenise and check a request without touching the engine's state.
 
@@ -141,6 +142,7 @@ class Engine(Observed):
             priority: lower runs first under ``policy="priority"``.
             cache_salt: requests share cached prefixes only with the same salt.
             stream: :meth:`step` returns an output for each new token, not only the last.
+            live: these outputs are read at once and not kept, so their lists need not be copies.
 
         Raises:
             RequestError: the prompt is empty, has an impossible token id, is too long for the model
@@ -177,6 +179,7 @@ class Engine(Observed):
             OutputBuilder(params, token_ids, self.model.tokenizer, eos_token_ids),
             prompt=text,
             stream=stream,
+            live=live,
         )
 
     def submit(self, group: SequenceGroup) -> None:

@@ -86,15 +86,20 @@ class OutputBuilder:
         """End from outside: ``"abort"`` or ``"error"``."""
         self._finish(reason)
 
-    def build(self, index: int) -> CompletionOutput:
-        """A snapshot; ``delta`` is the text that came since the last one."""
+    def build(self, index: int, live: bool = False) -> CompletionOutput:
+        """A snapshot; ``delta`` is the text that came since the last one.
+
+        Its lists are copies while the sequence goes on, unless it is ``live``: to touch all tokens so far at each
+        new one takes longer than anything else that is done for it.
+        """
+        share = live or self.finished
         delta, self._given_out = self.text[self._given_out :], len(self.text)
         return CompletionOutput(
             index=index,
             text=self.text,
-            token_ids=list(self.token_ids),
+            token_ids=self.token_ids if share else list(self.token_ids),
             cumulative_logprob=self.cumulative_logprob,
-            logprobs=None if self.logprobs is None else list(self.logprobs),
+            logprobs=self.logprobs if share or self.logprobs is None else list(self.logprobs),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             delta=delta,

@@ -50,6 +50,7 @@ class SequenceGroup:
         request, sampling, output: those of its first sequence.
         prompt: the prompt's text, if it is known.
         stream: the caller wants an output for each new token, not only the last.
+        live: the outputs share their lists with the request, which goes on: to be read at once, and not kept.
 
     Attributes:
         request_id: what the caller knows it by.
@@ -59,7 +60,14 @@ class SequenceGroup:
     """
 
     def __init__(
-        self, request: Request, sampling: SamplingState, output: OutputBuilder, *, prompt: str | None, stream: bool
+        self,
+        request: Request,
+        sampling: SamplingState,
+        output: OutputBuilder,
+        *,
+        prompt: str | None,
+        stream: bool,
+        live: bool = False,
     ):
         self.request_id = request.request_id
         self.params = request.params
@@ -70,6 +78,7 @@ class SequenceGroup:
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.error: str | None = None
         self.stream = stream and self.params.num_sequences == self.params.n
+        self.live = live
         self.sequences = [Sequence(self, request, sampling, output)]
         self._add_siblings()
 
@@ -159,7 +168,7 @@ class SequenceGroup:
 
     def build(self) -> RequestOutput:
         """A snapshot; each output's ``delta`` is the text that came since the last one."""
-        outputs = [sequence.output.build(index) for index, sequence in enumerate(self.sequences)]
+        outputs = [sequence.output.build(index, self.live) for index, sequence in enumerate(self.sequences)]
         if len(outputs) > 1 and not self.stream:
             outputs.sort(key=lambda output: -output.cumulative_logprob)
         return self._result(outputs[: self.params.n])

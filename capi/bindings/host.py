@@ -90,6 +90,7 @@ class Host:
                 priority=command.priority,
                 cache_salt=text_of(command.salt, command.salt_size) if command.has_salt else None,
                 stream=bool(command.stream),
+                live=True,  # a sink takes what is new out of each output
             )
             self.submit(prepared, sink)
         except Exception as error:

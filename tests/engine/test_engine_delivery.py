@@ -71,3 +71,14 @@ def test_a_tokens_moment_is_when_it_was_sampled(engine):
         assert len({m.last_token_time for m in metrics}) == 1  # all of a step are sampled at once
         assert all(m.first_token_time <= m.last_token_time for m in metrics)
     assert all(m.last_token_time <= m.finished_time for m in (output.metrics for output in outputs))
+
+
+def test_outputs_that_are_kept_do_not_change_and_live_ones_are_not_copied(engine):
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, logprobs=0)
+    for live in (False, True):
+        group = engine.prepare(PROMPTS[0], params, stream=True, live=live)
+        engine.submit(group)
+        outputs = [engine.step()[0].outputs[0] for _ in range(3)]
+        lengths = [(len(output.token_ids), len(output.logprobs)) for output in outputs]
+        assert lengths == ([(3, 3)] * 3 if live else [(1, 1), (2, 2), (3, 3)])
+        assert [len(output.text) for output in outputs] == sorted({len(output.text) for output in outputs})
