@@ -44,7 +44,7 @@ def plain_uniform(seed: int, position: int) -> float:
     return ((c[0] >> 5) * 2**26 + (c[1] >> 6)) / 2**53
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 1)), min_size=1, max_size=8))
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 1)), min_size=1, max_size=40))
 def test_uniform_is_a_function_of_seed_and_position_alone(pairs):
     seeds, positions = zip(*pairs, strict=True)
     assert uniform(seeds, positions).tolist() == [plain_uniform(*pair) for pair in pairs]

@@ -34,9 +34,10 @@ PLAIN_EVERY = 32  # and again after so many speculative ones, for the cost of pl
 FIRST_LIMIT = 2  # guesses for a sequence while it is not known what they cost
 LEAST_GAIN = 1.05  # a step must promise so many times the tokens a second: choosing and verifying take time too
 ALLOWANCE = 0.01  # share of all time that may be lost by speculating
-FIRST_STEPS = 3  # plain steps' worth of time that may be lost at first
+FIRST_STEPS = 2  # plain steps' worth of time that may be lost at first
 FULL_STEPS = 64  # what the purse holds at most
 FIRST_REST, LONGEST_REST = 4, 64  # steps until guessing is considered again where it did not pay; doubles
+LONGEST_PAUSE = 8  # the same where nothing was found to propose: text may begin to repeat itself at any token
 
 
 class Acceptance:
@@ -90,6 +91,7 @@ class LengthController:
         self.purse = 0.0
         self.resting = 0
         self._rest, self._rested = FIRST_REST, 0  # how long the next rest is; steps of the present one
+        self._pause = 1  # how long the next one is if nothing is found to propose
         self._proposer = proposer
         self._overall = Acceptance()
         self._acceptances: dict[Request, Acceptance] = {}
@@ -103,6 +105,7 @@ class LengthController:
         lengths = [0] * len(candidates)
         if not candidates or self.step_cost.num_observed < PLAIN_STEPS or self._num_speculative >= PLAIN_EVERY:
             return lengths
+        self._pause = 1
         if self.purse > 0:
             lengths = self._best_lengths(candidates, num_sequences)
         if any(lengths):
@@ -111,6 +114,12 @@ class LengthController:
             self.resting, self._rested = self._rest, 0
             self._rest = min(2 * self._rest, LONGEST_REST)
         return lengths
+
+    def find_nothing(self) -> None:
+        """The proposer had nothing to propose: looking takes time too, so look less often for a while."""
+        if self.step_cost.num_observed >= PLAIN_STEPS:
+            self.resting, self._rested = self._pause, 0
+            self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     def _best_lengths(self, candidates: list[Candidate], num_sequences: int) -> list[int]:
         rates = [self._acceptance(candidate.request).rate for candidate in candidates]
@@ -195,7 +204,9 @@ class LengthController:
         self.purse += ALLOWANCE * (seconds + guessing) - guessing
         if num_sequences:
             plain = self.step_cost(num_sequences)
-            self.purse += num_right * plain / num_sequences - num_guessed * self.step_cost.per_row
+            self.purse += num_right * plain / num_sequences
+            if num_guessed:
+                self.purse -= seconds - plain if pure else num_guessed * self.step_cost.per_row
             self.purse = min(self.purse, FULL_STEPS * plain)
         self._forget(REMEMBER_STEPS)
         self._just_guessed.clear()

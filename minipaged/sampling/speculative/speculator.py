@@ -63,6 +63,8 @@ class Speculator:
             for wish, draft in zip(wishes, drafts, strict=True):
                 wish.num_tokens = len(draft)
             found = {wish.request: draft for wish, draft in zip(wishes, drafts, strict=True) if draft}
+            if wishes and not found and self.controller is not None:
+                self.controller.find_nothing()
             wishes = self._worthwhile([wish for wish in wishes if wish.num_tokens], num_sequences)
             drafts = [found[wish.request][: wish.num_tokens] for wish in wishes]
         self._wishes = {wish.request.request_id: wish for wish in wishes}
