@@ -34,7 +34,7 @@ PLAIN_EVERY = 32  # and again after so many speculative ones, for the cost of pl
 FIRST_LIMIT = 2  # guesses for a sequence while it is not known what they cost
 LEAST_GAIN = 1.05  # a step must promise so many times the tokens a second: choosing and verifying take time too
 ALLOWANCE = 0.01  # share of all time that may be lost by speculating
-FIRST_STEPS = 2  # plain steps' worth of time that may be lost at first
+FIRST_STEPS = 3  # plain steps' worth of time that may be lost at first
 FULL_STEPS = 64  # what the purse holds at most
 FIRST_REST, LONGEST_REST = 4, 64  # steps until guessing is considered again where it did not pay; doubles
 LONGEST_PAUSE = 8  # the same where nothing was found to propose: text may begin to repeat itself at any token
@@ -204,9 +204,7 @@ class LengthController:
         self.purse += ALLOWANCE * (seconds + guessing) - guessing
         if num_sequences:
             plain = self.step_cost(num_sequences)
-            self.purse += num_right * plain / num_sequences
-            if num_guessed:
-                self.purse -= seconds - plain if pure else num_guessed * self.step_cost.per_row
+            self.purse += num_right * plain / num_sequences - num_guessed * self.step_cost.per_row
             self.purse = min(self.purse, FULL_STEPS * plain)
         self._forget(REMEMBER_STEPS)
         self._just_guessed.clear()

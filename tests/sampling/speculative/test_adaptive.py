@@ -153,6 +153,21 @@ def test_the_purse_does_not_pay_for_a_long_backlog():
     assert world.run(300, [0.9], backlog=1000) > 0.95
 
 
+def test_looking_without_finding_becomes_rarer_but_stays_frequent():
+    world = World()
+    considered = []
+    for _ in range(100):
+        considered.append(not world.controller.resting)
+        if considered[-1]:
+            world.controller.find_nothing()
+            world.controller.observe_step(1, 0, 0, seconds=1.0, guessing=0.01, pure=True)
+        else:
+            world.controller.rest(1.0)
+    assert sum(considered[50:]) < 10 and any(considered[-9:])
+    world.controller.resting = 0
+    assert any(world.controller.choose([Candidate(world.requests[0], 5, 0)], 1))  # what is found is tried at once
+
+
 def test_requests_are_forgotten():
     world = World()
     world.run(50, [0.5])
