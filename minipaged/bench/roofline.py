@@ -165,18 +165,18 @@ def read_bandwidth(num_threads: int) -> float:
 
 
 @njit(nogil=True)
-def _products(function, x, x_stride, x_scale, weights, num_weights, K, panel0, panel1, M, out, out_stride):
+def _products(function, x, x_stride, weights, num_weights, K, panel0, panel1, M, out, out_stride):
     table = ints64(weights, 3 * num_weights)
     for i in range(num_weights):
         w, w_scale, w_aux = table[3 * i], table[3 * i + 1], table[3 * i + 2]
         call_product(
-            function, x, x_stride, x_scale, w, w_scale, w_aux, K, panel0, panel1, M, out, out_stride, np.int64(0)
+            function, x, x_stride, w, w_scale, w_aux, K, panel0, panel1, M, out, out_stride, np.int64(0)
         )
 
 
 @njit(nogil=True)
-def _prepare(function, x, x_stride, K, M, prepared, prepared_stride, x_scale):
-    call_prepare(function, x, x_stride, K, np.int64(0), M, prepared, prepared_stride, x_scale)
+def _prepare(function, x, x_stride, K, M, prepared, prepared_stride):
+    call_prepare(function, x, x_stride, K, np.int64(0), M, prepared, prepared_stride)
 
 
 def _random_weight(format: str, N: int, K: int, rng: np.random.Generator) -> PackedWeight:
@@ -225,11 +225,11 @@ def _time_product(
     rng: np.random.Generator,
 ) -> float:
     x = rng.standard_normal((M, K), np.float32)
-    prepared, stride, scale = x, x.strides[0], np.ones(M, np.float32)
+    prepared, stride = x, x.strides[0]
     if function.prepare:
         stride = function.row_bytes(K)
         prepared = np.zeros((M, stride), np.uint8)
-        _prepare(function.prepare, x.ctypes.data, x.strides[0], K, M, prepared.ctypes.data, stride, scale.ctypes.data)
+        _prepare(function.prepare, x.ctypes.data, x.strides[0], K, M, prepared.ctypes.data, stride)
     out = np.zeros((M, padded_rows(N)), np.float32)
     table = np.array([weight.addresses for weight in weights], np.int64)
     panels = weights[0].num_panels
@@ -240,7 +240,6 @@ def _time_product(
             function.product,
             prepared.ctypes.data,
             stride,
-            scale.ctypes.data,
             table.ctypes.data,
             len(weights),
             K,

@@ -119,13 +119,13 @@ def _weight_bytes(format: str, linear) -> int:
 
 
 @njit(nogil=True)
-def _multiply_all(linears, x, x_scale, out, out_stride, num_rows, thread, num_threads, barrier_address):
+def _multiply_all(linears, x, out, out_stride, num_rows, thread, num_threads, barrier_address):
     for i in range(len(linears)):
         linear = linears[i]
         first, last = share(linear.num_panels, thread, num_threads)
         row_bytes = linear.row_bytes if linear.prepare else 4 * linear.num_inputs
         call_product(
-            linear.product, x, row_bytes, x_scale, linear.weight, linear.scale, linear.aux,
+            linear.product, x, row_bytes, linear.weight, linear.scale, linear.aux,
             linear.num_inputs, first, last, num_rows, out, out_stride, 0,
         )  # fmt: skip
         barrier(barrier_address, num_threads)
@@ -134,14 +134,14 @@ def _multiply_all(linears, x, x_scale, out, out_stride, num_rows, thread, num_th
 def time_products(linears: np.ndarray, num_rows: int, num_threads: int) -> float:
     """Seconds of the products of ``linears`` (records of tables.LINEAR), one after the other, with inputs of zeros."""
     row_bytes = max(int(linears["row_bytes"].max()), 4 * int(linears["num_inputs"].max()))
-    x, scale = np.zeros((num_rows + 1, row_bytes), np.uint8), np.ones(num_rows + 1, np.float32)
+    x = np.zeros((num_rows + 1, row_bytes), np.uint8)
     out = np.zeros((num_rows + 1, padded_rows(int(linears["num_outputs"].max()))), np.float32)
     meeting = np.zeros(BARRIER_BYTES, np.uint8)
     linears = np.ascontiguousarray(linears)
 
     def work(thread: int) -> None:
         _multiply_all(
-            linears, x.ctypes.data, scale.ctypes.data, out.ctypes.data, out.strides[0], num_rows, thread, num_threads,
+            linears, x.ctypes.data, out.ctypes.data, out.strides[0], num_rows, thread, num_threads,
             meeting.ctypes.data,
         )  # fmt: skip
 

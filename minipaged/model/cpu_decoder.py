@@ -239,7 +239,6 @@ class CpuDecoder:
         model["prepared"] = self._address(
             aligned_zeros((slots, max(linear[2] for linear in self._linears)), np.dtype(np.uint8))
         )
-        model["prepared_scale"] = self._address(np.zeros(slots, np.float32))
         group = config.num_heads // config.num_kv_heads
         scratch = packing.round_up(
             attention.scratch_bytes(group, config.head_dim, layout.padded_dim) + 4 * config.num_experts, 4096

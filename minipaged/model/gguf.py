@@ -65,7 +65,7 @@ class GGUFFile:
             order = np.arange(target.shape[0]).reshape(view.interleaved_heads, 2, -1).swapaxes(1, 2).reshape(-1)
         else:
             target, order = out.T if view.transposed else as_rows(out), None
-        if view.info.type.name == getattr(target, "block_type", None) and not view.shift:
+        if view.info.type.name in getattr(target, "block_types", ()) and not view.shift:
             self._copy_blocks(name, view, target, order)
         else:
             first_element = view.first_row * view.info.shape[-1]
@@ -133,7 +133,7 @@ class GGUFFile:
         step = max(1, SLAB_ELEMENTS // columns)
         for first in range(0, rows, step):
             places = slice(first, first + step) if order is None else order[first : first + step]
-            target.put_blocks(name, places, blocks[first : first + step])
+            target.put_blocks(name, view.info.type.name, places, blocks[first : first + step])
 
     def _decode(self, info: TensorInfo, first: int, slab: np.ndarray) -> None:
         """Decode the values of a tensor from the ``first`` on; whole blocks."""

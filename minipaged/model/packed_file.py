@@ -33,7 +33,7 @@ from minipaged.model.slabs import map_file
 
 MAGIC = b"minipack"
 KINDS = {"packed model": MAGIC, "saved prefix": b"miniprfx"}
-VERSION = 1
+VERSION = 2
 PREAMBLE = 64
 ALIGNMENT = 64
 DTYPES = ("float32", "float16", "uint16", "int32", "int8", "uint8")

@@ -1,10 +1,9 @@
 """Matrices packed for the cpu backend while they are read: no float32 copy of a whole one is made.
 
 A quantised source is dequantised by slabs of about a mebibyte, and these are quantised again as the
-backend wants them. That second rounding cannot be left out for GGUF's Q8_0, which has a scale for every
-32 values where ``int8`` has one for a row, nor for Q4_1, whose values have an offset that ``int4`` has
-no place for: repacking their integers would change the weights by more. Q4_0 and ``int4`` are the same
-numbers in another order, and are repacked as they are, without any rounding.
+backend wants them. That second rounding cannot be left out for GGUF's Q8_0, which has a scale for every 32 values
+where ``int8`` has one for 64. Q4_1 and ``int4`` are the same numbers in another order, and Q4_0 is the case
+whose minimum is -8 times the scale: they are repacked as they are, without any rounding.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 
 from minipaged.errors import ModelFormatError
 from minipaged.ops.cpu import packing
-from minipaged.ops.cpu.packing import GROUP, PANEL, PackedWeight
+from minipaged.ops.cpu.packing import INT4_GROUP, PANEL, PackedWeight
 
 
 class WeightPacker:
@@ -48,7 +47,7 @@ class PackedRows:
     It stands for an array in :meth:`~minipaged.model.weights.TensorSource.read`: ``rows[places] = values``.
 
     Attributes:
-        block_type: the type of GGUF whose blocks :meth:`put_blocks` takes, if there is one.
+        block_types: the types of GGUF whose blocks :meth:`put_blocks` takes.
     """
 
     ndim = 2
@@ -59,7 +58,8 @@ class PackedRows:
         self.first_row = first_row
         self.shape = (packed.num_rows if num_rows is None else num_rows, packed.num_columns)
         self.size = self.shape[0] * self.shape[1]
-        self.block_type = "Q4_0" if packed.format == "int4" and packed.num_columns % GROUP == 0 else None
+        is_exact = packed.format == "int4" and packed.num_columns % INT4_GROUP == 0
+        self.block_types = ("Q4_0", "Q4_1") if is_exact else ()
 
     def part(self, first_row: int, num_rows: int) -> PackedRows:
         return PackedRows(self.packed, self.first_row + first_row, num_rows)
@@ -69,15 +69,22 @@ class PackedRows:
         for first, run in self._runs(places):
             packing.pack_rows(self.packed, values[run], first)
 
-    def put_blocks(self, name: str, places: slice | np.ndarray, blocks: np.ndarray) -> None:
-        """Pack Q4_0 ``blocks [n, columns / 32, 18]`` (bytes: a float16 scale, 16 pairs of nibbles) of tensor ``name``.
+    def put_blocks(self, name: str, block_type: str, places: slice | np.ndarray, blocks: np.ndarray) -> None:
+        """Pack ``blocks [n, columns / 32, bytes]`` of tensor ``name``.
 
-        Raises :class:`ModelFormatError` for a scale that is NaN or infinite.
+        A block of Q4_0 is a float16 scale and 16 pairs of nibbles; Q4_1 has a float16 minimum after the scale.
+
+        Raises :class:`ModelFormatError` for a scale or a minimum that is NaN or infinite.
         """
         scale = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0]
-        if not np.isfinite(scale).all():
+        if block_type == "Q4_1":
+            minimum = np.ascontiguousarray(blocks[:, :, 2:4]).view("<f2")[:, :, 0]
+        else:
+            with np.errstate(over="ignore"):
+                minimum = np.float16(-8) * scale
+        if not (np.isfinite(scale).all() and np.isfinite(minimum).all()):
             raise ModelFormatError(f"tensor {name!r} holds NaN or infinite values; the file is damaged.")
-        pairs = blocks[:, :, 2:]
+        pairs = blocks[:, :, -16:]
         # Values 0-15 are low halves there, 16-31 high ones; here values k and k + 4 of every eight share a byte.
         values = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(len(blocks), -1, 2, 4)
         data = values[:, :, 0] | values[:, :, 1] << 4  # [n, columns / 8, 4]
@@ -85,6 +92,7 @@ class PackedRows:
             row = np.arange(first, first + len(data[run]))
             self.packed.data[row // PANEL, :, row % PANEL] = data[run]
             self.packed.scale[row // PANEL, :, row % PANEL] = scale[run]
+            self.packed.aux[row // PANEL, :, row % PANEL] = minimum[run]
 
     def _runs(self, places: slice | np.ndarray):
         """``(first row of the packed weight, which of the values)`` of each run of consecutive rows."""

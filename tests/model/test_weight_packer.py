@@ -1,4 +1,4 @@
-"""Packing while reading: the same as packing the whole matrix; Q4_0 becomes int4 without any rounding."""
+"""Packing while reading: the same as packing the whole matrix; Q4_0 and Q4_1 become int4 without any rounding."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_slabs_give_what_whole_matrices_give(monkeypatch, case, weight_format):
 
 
 @pytest.mark.parametrize("slab_elements", [HIDDEN * 7, 1 << 18])
-@pytest.mark.parametrize(("type_", "weight_format"), [(Type.Q4_1, "int4"), (Type.Q4_0, "int8"), (Type.Q4_0, "float32")])
+@pytest.mark.parametrize(("type_", "weight_format"), [(Type.Q5_0, "int4"), (Type.Q4_0, "int8"), (Type.Q4_0, "float32")])
 def test_slabs_of_quantised_files(tmp_path, monkeypatch, type_, weight_format, slab_elements):
     """Rows of q and k change places on their way (GGUF interleaves the halves of a head)."""
     monkeypatch.setattr(slabs, "SLAB_ELEMENTS", slab_elements)
@@ -110,9 +110,10 @@ def test_slabs_of_quantised_files(tmp_path, monkeypatch, type_, weight_format, s
 
 
 @pytest.mark.parametrize("slab_elements", [HIDDEN * 7, 1 << 18])
-def test_q4_0_becomes_int4_as_it_is(tmp_path, monkeypatch, slab_elements):
+@pytest.mark.parametrize("type_", [Type.Q4_0, Type.Q4_1])
+def test_nibbles_become_int4_as_they_are(tmp_path, monkeypatch, type_, slab_elements):
     monkeypatch.setattr("minipaged.model.gguf.SLAB_ELEMENTS", slab_elements)
-    file = llama_file(tmp_path / "model.gguf", Type.Q4_0)
+    file = llama_file(tmp_path / "model.gguf", type_)
     config = config_from_hf(file.hf_config())
     found, wanted = load_weights(config, file, WeightPacker("int4")), load_weights(config, file)
     for name in ("qkv", "o", "gate_up", "down"):
@@ -127,7 +128,8 @@ def unpacked(weight) -> np.ndarray:
     for k in range(weight.num_columns):
         byte = weight.data[:, k // 8, :, k % 4]
         nibble = byte & 15 if k % 8 < 4 else byte >> 4
-        values[:, :, k] = (nibble - np.float32(8)) * weight.scale[:, k // 32].astype(np.float32)
+        scale, minimum = (array[:, k // 32].astype(np.float32) for array in (weight.scale, weight.aux))
+        values[:, :, k] = nibble * scale + minimum
     return values.reshape(-1, weight.num_columns)[: weight.num_rows]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minipaged.ops.cpu.packing import padded_rows, to_bfloat16
+from minipaged.ops.cpu.packing import INT4_GROUP, INT8_GROUP, padded_rows, to_bfloat16
 
 
 def run_product(kernel, packed, x, out=None, accumulate=False, panels=None):
@@ -12,16 +12,15 @@ def run_product(kernel, packed, x, out=None, accumulate=False, panels=None):
     M, K = x.shape
     if out is None:
         out = np.full((M, padded_rows(packed.num_rows)), np.nan, np.float32)
-    rows, stride, scale = x, x.strides[0], np.zeros(M, np.float32)
+    rows, stride = x, x.strides[0]
     if kernel.prepare:
         stride = kernel.row_bytes(K)
         rows = np.full((M, stride), 0xAB, np.uint8)
-        kernel.functions[1].ctypes(x.ctypes.data, x.strides[0], K, 0, M, rows.ctypes.data, stride, scale.ctypes.data)
+        kernel.functions[1].ctypes(x.ctypes.data, x.strides[0], K, 0, M, rows.ctypes.data, stride)
     for first, last in panels or [(0, packed.num_panels)]:
         kernel.functions[0].ctypes(
             rows.ctypes.data,
             stride,
-            scale.ctypes.data,
             *packed.addresses,
             K,
             first,
@@ -34,12 +33,15 @@ def run_product(kernel, packed, x, out=None, accumulate=False, panels=None):
     return out
 
 
-def quantised_rows(x):
-    """``(q int64 [M, K], scale float32 [M])``: the rule of quantize.py."""
-    magnitude = np.abs(x).max(axis=1)
+def quantised_rows(x, group):
+    """``(q int64 [M, groups, group], scale float32 [M, groups])``: the rule of quantize.py."""
+    M, K = x.shape
+    groups = np.zeros((M, -(-K // group), group), np.float32)
+    groups.reshape(M, -1)[:, :K] = x
+    magnitude = np.abs(groups).max(axis=2)
     with np.errstate(divide="ignore", invalid="ignore"):
         inverse = np.where(magnitude > 1e-36, np.float32(127) / magnitude, np.float32(0))
-    return np.rint(x * inverse[:, None]).astype(np.int64), magnitude / np.float32(127)
+    return np.rint(groups * inverse[:, :, None]).astype(np.int64), magnitude / np.float32(127)
 
 
 def bfloat16_values(words):
@@ -64,17 +66,18 @@ def _element(packed, panel, lane, k):
     if packed.format == "bfloat16":
         return bfloat16_values(data[k // 2, lane, k % 2 : k % 2 + 1])[0]
     if packed.format == "int8":
-        return float(data[k // 4, lane, k % 4]) * float(packed.scale[panel, lane])
+        return (float(data[k // 4, lane, k % 4]) - 128) * float(packed.scale[panel, k // INT8_GROUP, lane])
     byte = int(data[k // 8, lane, k % 4])
     nibble = byte >> 4 if k % 8 >= 4 else byte & 15
-    return (nibble - 8) * float(packed.scale[panel, k // 32, lane])
+    group = k // INT4_GROUP
+    return nibble * float(packed.scale[panel, group, lane]) + float(packed.aux[panel, group, lane])
 
 
 def expected(packed, x, rounds_x_to_bfloat16=False):
     """float64 ``x @ weight.T`` of the values that the packed weight and the prepared rows stand for."""
     if packed.format in ("int8", "int4"):
-        q, scale = quantised_rows(x)
-        x = q * scale[:, None].astype(np.float64)
+        q, scale = quantised_rows(x, INT8_GROUP if packed.format == "int8" else INT4_GROUP)
+        x = (q * scale[:, :, None].astype(np.float64)).reshape(len(x), -1)[:, : x.shape[1]]
     elif packed.format == "bfloat16" and rounds_x_to_bfloat16:
         x = bfloat16_values(to_bfloat16(x))
     return np.asarray(x, np.float64) @ unpacked(packed).T

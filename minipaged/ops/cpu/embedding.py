@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from .memory import bytes8, floats, part_of_caller, words16, words32
-from .packing import PANEL
+from .memory import bits_float, floats, part_of_caller, unsigned8, words16, words32
+from .packing import INT8_GROUP, PANEL
 
 FORMATS = {"float32 rows": 0, "bfloat16 rows": 1, "float32": 2, "bfloat16": 3, "int8": 4}
 """Tables as plain rows, and packed in one of the formats that a lm_head may have."""
+
+
+@part_of_caller
+def _positive_half(bits):
+    """The value of float16 bits without a sign: at the place of a float32's bits it is 2**-112 too small."""
+    return bits_float(np.uint32(bits) << np.uint32(13)) * np.float32(2.0**112)
 
 
 @part_of_caller
@@ -38,8 +44,10 @@ def embed(format, table, scales, token, out_address, size):
         for i in range(size):
             bits[i] = np.uint32(halves[(i // 2 * PANEL + lane) * 2 + i % 2]) << np.uint32(16)
     else:
-        quads = (size + 3) // 4
-        quantised = bytes8(table + 4 * PANEL * panel * quads, 4 * PANEL * quads)
-        scale = floats(scales + 4 * token, 1)[0]
+        groups = (size + INT8_GROUP - 1) // INT8_GROUP
+        panel_size = INT8_GROUP * PANEL * groups
+        quantised = unsigned8(table + panel * panel_size, panel_size)
+        halves = words16(scales + 2 * PANEL * panel * groups, PANEL * groups)
         for i in range(size):
-            out[i] = np.float32(quantised[(i // 4 * PANEL + lane) * 4 + i % 4]) * scale
+            scale = _positive_half(halves[i // INT8_GROUP * PANEL + lane])
+            out[i] = (np.float32(quantised[(i // 4 * PANEL + lane) * 4 + i % 4]) - np.float32(128)) * scale

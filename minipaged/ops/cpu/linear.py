@@ -13,7 +13,7 @@ def share(count, thread, num_threads):
 
 
 @compiled
-def prepare_row(linear, x, row, prepared, prepared_scale):
+def prepare_row(linear, x, row, prepared):
     """Turn float32 values at ``x`` into row ``row`` of a product's input, if the format needs that."""
     if linear.prepare:
         call_prepare(
@@ -25,12 +25,11 @@ def prepare_row(linear, x, row, prepared, prepared_scale):
             1,
             prepared + row * linear.row_bytes,
             linear.row_bytes,
-            prepared_scale + 4 * row,
         )
 
 
 @compiled
-def multiply(linear, x, x_stride, prepared, prepared_scale, num_rows, out, out_stride, thread, num_threads):
+def multiply(linear, x, x_stride, prepared, num_rows, out, out_stride, thread, num_threads):
     """This thread's panels of ``out = x @ weight.T``, the rows prepared before where the format needs that."""
     if linear.prepare:
         x, x_stride = prepared, linear.row_bytes
@@ -39,7 +38,6 @@ def multiply(linear, x, x_stride, prepared, prepared_scale, num_rows, out, out_s
         linear.product,
         x,
         x_stride,
-        prepared_scale,
         linear.weight,
         linear.scale,
         linear.aux,

@@ -44,6 +44,16 @@ def float_bits(typing_context, value):
     return types.int64(types.float32), codegen
 
 
+@intrinsic
+def bits_float(typing_context, bits):
+    """The float32 that has these bits, a uint32."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
 @compiled
 def floats(address, count):
     """``count`` float32 at ``address``, as an array."""
@@ -72,6 +82,12 @@ def words16(address, count):
 def words32(address, count):
     """``count`` uint32 at ``address``, as an array: the bits of float32 values."""
     return carray(_pointer(address), count, np.uint32)
+
+
+@compiled
+def unsigned8(address, count):
+    """``count`` uint8 at ``address``, as an array."""
+    return carray(_pointer(address), count, np.uint8)
 
 
 @compiled

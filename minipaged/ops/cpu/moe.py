@@ -102,7 +102,6 @@ def _multiply_slots(model, linears, first_linear, starts, x, x_stride, out, out_
                 x + first * x_stride,
                 x_stride,
                 model.prepared + first * linear.row_bytes,
-                model.prepared_scale + 4 * first,
                 last - first,
                 out + first * out_stride,
                 out_stride,
@@ -148,7 +147,7 @@ def experts_phase() -> CFunc:
         for slot in range(first_slot, last_slot):
             target = model.expert_input + slot * model.hidden_stride
             copy(model.normed + rows[slot] * model.hidden_stride, target, hidden_size)
-            prepare_row(gate_up, target, slot, model.prepared, model.prepared_scale)
+            prepare_row(gate_up, target, slot, model.prepared)
         barrier(model.barrier, num_threads)
         _multiply_slots(
             model, linears, layer.gate_up, starts, model.expert_input, model.hidden_stride,
@@ -157,7 +156,7 @@ def experts_phase() -> CFunc:
         for slot in range(first_slot, last_slot):
             inner = model.inner + slot * model.inner_stride
             activate(model.activation + 3, inner, inner + 4 * down.num_inputs, down.num_inputs)
-            prepare_row(down, inner, slot, model.prepared, model.prepared_scale)
+            prepare_row(down, inner, slot, model.prepared)
         barrier(model.barrier, num_threads)
         _multiply_slots(
             model, linears, layer.down, starts, model.inner, model.inner_stride,

@@ -5,12 +5,13 @@ the product reads 48 neighbouring values. N is padded with zero rows to whole pa
 
     float32   [N/48][K   ][48]            4 bytes an element
     bfloat16  [N/48][K/2 ][48][2]         2 bytes; a pair of k is one 32-bit word
-    int8      [N/48][K/4 ][48][4]         1 byte;  a quad of k is one 32-bit word
-              scale [N] float32           weight = scale * q, q in -127..127
-              aux   [N] int32             -128 * sum of q (AVX-512's dot takes x + 128)
+    int8      [N/48][K/4 ][48][4]         1 byte; a quad of k is one 32-bit word
+              scale [N/48][K/64][48] f16  weight = scale * (byte - 128), byte - 128 in -127..127
     int4      [N/48][K/8 ][48][4]         half a byte; byte j of the word for k..k+7 holds
               scale [N/48][K/32][48] f16      k+j in its low nibble and k+4+j in its high one
-                                          weight = scale * (q - 8), q in 0..15, a scale for 32 k
+              aux   [N/48][K/32][48] f16  weight = scale * nibble + aux, the least of the 32 k
+
+The integer formats pad K to whole groups of 64 and 32.
 
 The layout is the same at every level, so a packed file serves any CPU. Arrays start at a multiple of
 64 bytes (a cache line). Packing streams: rows arrive in slabs of any size, and no float copy is kept.
@@ -28,7 +29,7 @@ from minipaged.errors import ConfigError
 from .products import FORMATS
 
 PANEL = 48
-GROUP = 32  # k that share a scale in int4
+INT8_GROUP, INT4_GROUP = 64, 32  # k that share a scale
 ALIGNMENT = 64
 
 
@@ -85,13 +86,14 @@ def array_shapes(format: str, num_rows: int, num_columns: int) -> dict[str, tupl
         data = ((panels, round_up(num_columns, 2) // 2, PANEL, 2), np.dtype(np.uint16))
         return {"data": data, "scale": none, "aux": none}
     if format == "int8":
-        data = ((panels, round_up(num_columns, 4) // 4, PANEL, 4), np.dtype(np.int8))
-        per_row = (panels, PANEL)
-        return {"data": data, "scale": (per_row, np.dtype(np.float32)), "aux": (per_row, np.dtype(np.int32))}
-    if format == "int4":
-        groups = round_up(num_columns, GROUP) // GROUP
-        data = ((panels, groups * (GROUP // 8), PANEL, 4), np.dtype(np.uint8))
+        groups = round_up(num_columns, INT8_GROUP) // INT8_GROUP
+        data = ((panels, groups * (INT8_GROUP // 4), PANEL, 4), np.dtype(np.uint8))
         return {"data": data, "scale": ((panels, groups, PANEL), np.dtype(np.float16)), "aux": none}
+    if format == "int4":
+        groups = round_up(num_columns, INT4_GROUP) // INT4_GROUP
+        data = ((panels, groups * (INT4_GROUP // 8), PANEL, 4), np.dtype(np.uint8))
+        per_group = ((panels, groups, PANEL), np.dtype(np.float16))
+        return {"data": data, "scale": per_group, "aux": per_group}
     raise ConfigError(f"no weight format {format!r}; the CPU backend has {', '.join(FORMATS)}.")
 
 
@@ -131,8 +133,8 @@ def allocate(format: str, num_rows: int, num_columns: int, zeros: Callable = ali
     """A packed weight of zeros, to be filled by :func:`pack_rows`; ``zeros``: as :func:`aligned_zeros`."""
     shapes = array_shapes(format, num_rows, num_columns)
     arrays = {name: zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
-    if format == "int4":
-        arrays["data"].fill(0x88)  # q = 8 stands for zero
+    if format == "int8":
+        arrays["data"].fill(0x80)  # 128 stands for zero
     return PackedWeight(format, num_rows, num_columns, **arrays)
 
 
@@ -167,22 +169,17 @@ def _place_bfloat16(packed: PackedWeight, values: np.ndarray, panel: int, lanes:
 
 
 def _place_int8(packed: PackedWeight, values: np.ndarray, panel: int, lanes: slice) -> None:
-    scale = np.abs(values).max(axis=1) / np.float32(127)
-    quantised = np.rint(values / np.where(scale == 0, 1, scale)[:, None]).astype(np.int8)
-    _interleave(packed.data[panel], quantised, lanes)
-    packed.scale[panel, lanes] = scale
-    packed.aux[panel, lanes] = -128 * quantised.sum(axis=1, dtype=np.int32)
+    bytes_, scale = quantise_int8(_in_groups(values, INT8_GROUP))
+    packed.data[panel][:, lanes] = bytes_.reshape(len(values), -1, 4).transpose(1, 0, 2)
+    packed.scale[panel, :, lanes] = scale.T
 
 
 def _place_int4(packed: PackedWeight, values: np.ndarray, panel: int, lanes: slice) -> None:
-    count, num_columns = values.shape
-    groups = packed.scale.shape[1]
-    padded = np.zeros((count, groups, GROUP), np.float32)
-    padded.reshape(count, -1)[:, :num_columns] = values
-    nibbles, scale = quantise_groups(padded)
-    nibbles = nibbles.reshape(count, -1, 2, 4)  # [row][8 k][low or high][byte]
+    nibbles, scale, minimum = quantise_int4(_in_groups(values, INT4_GROUP))
+    nibbles = nibbles.reshape(len(values), -1, 2, 4)  # [row][8 k][low or high][byte]
     packed.data[panel][:, lanes] = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).transpose(1, 0, 2)
     packed.scale[panel, :, lanes] = scale.T
+    packed.aux[panel, :, lanes] = minimum.T
 
 
 _PLACE = {"float32": _place_float32, "bfloat16": _place_bfloat16, "int8": _place_int8, "int4": _place_int4}
@@ -204,14 +201,35 @@ def to_bfloat16(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
-def quantise_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise ``values [..., 32]`` to ``(nibbles uint8 [..., 32], scale float16 [...])``.
+def _in_groups(values: np.ndarray, size: int) -> np.ndarray:
+    """``values [n, K]`` as ``[n, groups, size]``, the last group padded with zeros."""
+    count, num_columns = values.shape
+    groups = np.zeros((count, round_up(num_columns, size) // size, size), np.float32)
+    groups.reshape(count, -1)[:, :num_columns] = values
+    return groups
 
-    As Q4_0 of llama.cpp: the value of largest magnitude becomes -8 exactly, so the scale carries its
-    (negated) sign, and the range on its side is used fully.
-    """
-    largest = np.take_along_axis(values, np.abs(values).argmax(axis=-1)[..., None], axis=-1)[..., 0]
-    scale = (largest / np.float32(-8)).astype(np.float16)
-    divisor = scale.astype(np.float32)
-    quantised = np.rint(values / np.where(divisor == 0, 1, divisor)[..., None]) + 8
-    return np.clip(quantised, 0, 15).astype(np.uint8), scale
+
+def quantise_int8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise groups ``values [..., 64]`` to ``(bytes uint8 [..., 64], scale float16 [...])``."""
+    scale = _as_half(np.abs(values).max(axis=-1) / np.float32(127))
+    quantised = np.rint(values / _divisor(scale))
+    return (np.clip(quantised, -127, 127) + 128).astype(np.uint8), scale
+
+
+def quantise_int4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Quantise groups ``values [..., 32]`` to ``(nibbles uint8 [..., 32], scale, minimum float16 [...])``."""
+    least = values.min(axis=-1)
+    minimum, scale = _as_half(least), _as_half((values.max(axis=-1) - least) / np.float32(15))
+    quantised = np.rint((values - minimum.astype(np.float32)[..., None]) / _divisor(scale))
+    return np.clip(quantised, 0, 15).astype(np.uint8), scale, minimum
+
+
+def _as_half(values: np.ndarray) -> np.ndarray:
+    """float16, and what is too large for it the largest there is."""
+    return np.clip(values, -65504, 65504).astype(np.float16)
+
+
+def _divisor(scale: np.ndarray) -> np.ndarray:
+    """The scales of groups as stored, to divide their values by; 1 where all values are the same."""
+    divisor = scale.astype(np.float32)[..., None]
+    return np.where(divisor == 0, np.float32(1), divisor)

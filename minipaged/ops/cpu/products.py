@@ -5,16 +5,16 @@ by address, so one compiled step serves every weight format, even several in one
 
     kernel = product_kernel("int8")                       # in Python, when the tables are built
     ...
-    call_prepare(kernel.prepare, x, x_stride, K, first_row, last_row, prepared, prepared_stride, x_scale)
-    call_product(kernel.product, prepared, prepared_stride, x_scale, w, w_scale, w_aux,
+    call_prepare(kernel.prepare, x, x_stride, K, first_row, last_row, prepared, prepared_stride)
+    call_product(kernel.product, prepared, prepared_stride, w, w_scale, w_aux,
                  K, panel0, panel1, M, out, out_stride, accumulate)           # both in @njit code
 
 All arguments are int64: addresses and strides in bytes, or counts.
 
 ``prepare`` turns float32 rows ``first_row .. last_row-1`` of ``x`` into what ``product`` reads:
-quantised rows of ``kernel.row_bytes(K)`` bytes and, per row, a float32 at ``x_scale``. Rows are
-independent, so threads may share them out. Formats that read float32 rows as they are have
-``prepare == 0`` and ``row_bytes(K) == 0``: pass ``x`` itself, and anything as ``x_scale``.
+rows of ``kernel.row_bytes(K)`` bytes, their scales included. Rows are independent, so threads may share
+them out. Formats that read float32 rows as they are have ``prepare == 0`` and ``row_bytes(K) == 0``: pass
+``x`` itself.
 
 ``product`` computes panels ``panel0 .. panel1-1`` of the packed weight for all ``M`` rows, so threads
 share out panels. Panel ``p`` is columns ``48p .. 48p+47`` of ``out``, whose *address is that of row 0,
@@ -41,8 +41,8 @@ from minipaged.errors import ConfigError
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 
-PRODUCT_SIGNATURE = f"void({', '.join(['int64'] * 13)})"
-PREPARE_SIGNATURE = f"void({', '.join(['int64'] * 8)})"
+PRODUCT_SIGNATURE = f"void({', '.join(['int64'] * 12)})"
+PREPARE_SIGNATURE = f"void({', '.join(['int64'] * 7)})"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,6 @@ def call_product(
     address,
     x,
     x_stride,
-    x_scale,
     w,
     w_scale,
     w_aux,
@@ -99,12 +98,10 @@ def call_product(
     accumulate,
 ):
     """Call a ``ProductKernel.product`` from ``@njit`` code; see the module's docstring."""
-    return _calls_address(13)
+    return _calls_address(12)
 
 
 @intrinsic
-def call_prepare(
-    typing_context, address, x, x_stride, K, first_row, last_row, prepared, prepared_stride, x_scale
-):
+def call_prepare(typing_context, address, x, x_stride, K, first_row, last_row, prepared, prepared_stride):
     """Call a ``ProductKernel.prepare`` from ``@njit`` code; see the module's docstring."""
-    return _calls_address(8)
+    return _calls_address(7)

@@ -1,99 +1,171 @@
-"""Activations for the integer and bfloat16 products: one scale per token, rounding to nearest even.
+"""Activations for the integer and bfloat16 products: one scale per token and group of k.
 
     scale = max |x| / 127        q = rint(x / scale)        x is about scale * q, q in -127..127
 
-A row with a NaN or an infinity gets the scale NaN, so its outputs are NaN and no other row notices.
-How the q of a row lie in memory depends on the instruction that will read them; K is padded with zeros:
+A few values of a token are far larger than the rest: a scale for all of them would leave the others few
+steps. A group with a NaN or an infinity gets the scale NaN, so the outputs of its row are NaN and no other
+row notices. How the q of a row lie in memory depends on the instruction that will read them; the last group
+is padded with zeros:
 
-======== ============================================= ==========================================
-layout   bytes of a quad of k                          read by
-======== ============================================= ==========================================
-bytes    int8:  x0 x1 x2 x3                            ``pmaddubsw``; ``vpdpbusd`` (int4)
-biased   uint8: x0+128 x1+128 x2+128 x3+128            ``vpdpbusd`` (int8)
-pairs    int16: x0 x2 x1 x3                            ``pmaddwd``: even k, then odd k
+======== ============================================= =====================================
+layout   values of a quad of k                         read by
+======== ============================================= =====================================
+bytes    int8:   x0 x1 x2 x3                           ``vpdpbusd``, ``pmaddubsw``
+pairs    int16:  x0 x2 x1 x3                           ``pmaddwd``: even k, then odd k
 bfloat16 uint16: x0 x1 x2 x3 (K padded to pairs only)  ``vdpbf16ps``
-======== ============================================= ==========================================
+======== ============================================= =====================================
 
-For int4 weights, whose q are 0..15 and stand for q - 8, int32 sums follow the row: for each group of
-32 k, ``-8 * sum of q``, the value that an accumulator of the group starts with.
+After the q of an integer row come float32 scales, one for each group, and then the groups' sums::
+
+    -128 * sum of q, int32        for int8, whose bytes are weight + 128
+    scale * sum of q, float32     for int4, whose weights have a minimum
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
 
 from .compile_cache import c_function
-from .memory import bytes8, compiled, floats, ints32, words16, words32
+from .emit import F32, I8, I16, I32, Emitter, kernel, vector
+from .memory import compiled, words16, words32
 from .products import PREPARE_SIGNATURE
 
-_EXPONENT = np.uint32(0x7F800000)  # all ones: infinities and NaN
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
+_EXPONENT = 0x7F800000  # all ones: infinities and NaN
+_MAGNITUDE = 0x7FFFFFFF
+_ROUNDER, _ROUNDER_BITS = 12582912.0, 0x4B400000  # 1.5 * 2**23: adding it leaves no room for a fraction
+_LANES = 16
+
+_LAYOUTS = {"bytes": (I8, (0, 1, 2, 3)), "pairs": (I16, (0, 2, 1, 3))}  # type of a value, order in a quad
 
 
-@compiled
-def _set_scale(x, K, x_scale):
-    """Write the scale of a row to ``x_scale``; returns what to multiply its values with."""
-    bits, scale = words32(x, K), floats(x_scale, 1)
-    largest = np.uint32(0)  # floats of one sign are ordered like their bits, and integers vectorise
-    for k in range(K):
-        largest = max(largest, bits[k] & _MAGNITUDE)
-    if largest >= _EXPONENT:
-        scale[0] = np.nan
-        return np.float32(0)
-    words32(x_scale, 1)[0] = largest
-    magnitude = scale[0]
-    scale[0] = magnitude / np.float32(127)
+def value_bytes(layout: str) -> int:
+    """Bytes of one quantised value in ``layout``."""
+    return _LAYOUTS[layout][0].width // 8
+
+
+def _scale_of(e: Emitter, largest: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The scale of a group whose largest magnitude has the bits ``largest``, and its inverse."""
+    b = e.builder
+    magnitude, steps = e.bitcast(largest, F32), ir.Constant(F32, 127.0)
+    is_finite = b.icmp_signed("<", largest, ir.Constant(I32, _EXPONENT))
+    scale = b.select(is_finite, b.fdiv(magnitude, steps), ir.Constant(F32, float("nan")))
     # Below this, 127 / magnitude overflows; such values are nothing beside any other in the model.
-    return np.float32(127) / magnitude if magnitude > np.float32(1e-36) else np.float32(0)
+    is_large = b.fcmp_ordered(">", magnitude, ir.Constant(F32, 1e-36))
+    return scale, b.select(is_large, b.fdiv(steps, magnitude), ir.Constant(F32, 0.0))
 
 
-@njit(inline="always")
-def _rounded(value, inverse):
-    return np.int32(np.rint(value * inverse))
+def _magnitude_bits(e: Emitter, values: ir.Value) -> ir.Value:
+    """Floats without their signs are ordered like their bits."""
+    integers = vector(I32, values.type.count)
+    return e.builder.and_(e.bitcast(values, integers), e.constant(integers, _MAGNITUDE))
 
 
-@compiled
-def _bytes_row(x, K, inverse, q, padded):
-    values, out = floats(x, K), bytes8(q, padded)
-    for k in range(K):
-        out[k] = _rounded(values[k], inverse)
-    for k in range(K, len(out)):
-        out[k] = 0
+def _larger(e: Emitter):
+    return lambda a, b: e.builder.select(e.builder.icmp_signed(">", a, b), a, b)
 
 
-@compiled
-def _biased_row(x, K, inverse, q, padded):
-    values, out = floats(x, K), bytes8(q, padded)
-    for k in range(K):
-        out[k] = _rounded(values[k], inverse) + 128  # stored modulo 256
-    for k in range(K, len(out)):
-        out[k] = -128
+def _rounded(e: Emitter, values: ir.Value, inverse: ir.Value) -> ir.Value:
+    """int32 lanes ``rint(values * inverse)``."""
+    integers = vector(I32, values.type.count)
+    scaled = e.fmul(values, e.broadcast(inverse, values.type.count))
+    bits = e.bitcast(e.fadd(scaled, e.constant(values.type, _ROUNDER)), integers)
+    return e.builder.sub(bits, e.constant(integers, _ROUNDER_BITS))
 
 
-@compiled
-def _pairs_row(x, K, inverse, q, padded):
-    values, out = floats(x, K), words16(q, padded)
-    for quad in range(K // 4):
-        for i in range(4):
-            out[4 * quad + i] = _rounded(values[4 * quad + ((i & 1) << 1 | i >> 1)], inverse)
-    whole = K // 4 * 4
-    for k in range(whole, padded):
-        out[k] = 0
-    for k in range(whole, K):
-        i = k - whole
-        out[whole + ((i & 1) << 1 | i >> 1)] = _rounded(values[k], inverse)
+def _group_kernel(layout: str, size: int, sum_factor: int | None):
+    """``quantise(x, count, q, scale, sum)``: one group, ``count`` of whose values are there."""
+    type_, order = _LAYOUTS[layout]
+    bytes_ = type_.width // 8
+    lanes = [quad + i for quad in range(0, _LANES, 4) for i in order]
+
+    def finish(e: Emitter, total, scale, scale_at, sum_at) -> None:
+        if sum_factor is None:
+            sum_ = e.fmul(e.builder.sitofp(total, F32), scale)
+        else:
+            sum_ = e.builder.mul(total, ir.Constant(I32, sum_factor))
+        e.store(scale, scale_at)
+        e.store(sum_, sum_at)
+
+    def whole(e: Emitter, x, q, scale_at, sum_at) -> None:
+        values = [e.load(e.add(x, 4 * first), vector(F32, _LANES)) for first in range(0, size, _LANES)]
+        largest = _magnitude_bits(e, values[0])
+        for more in values[1:]:
+            largest = _larger(e)(_magnitude_bits(e, more), largest)
+        scale, inverse = _scale_of(e, e.reduce(largest, _larger(e)))
+        sums = None
+        for n, vector_ in enumerate(values):
+            integers = _rounded(e, vector_, inverse)
+            sums = integers if sums is None else e.builder.add(sums, integers)
+            if layout == "pairs":
+                integers = e.builder.shuffle_vector(integers, integers, ir.Constant(vector(I32, _LANES), lanes))
+            e.store(e.builder.trunc(integers, vector(type_, _LANES)), e.add(q, _LANES * bytes_ * n))
+        finish(e, e.reduce(sums, e.builder.add), scale, scale_at, sum_at)
+
+    def part(e: Emitter, x, count, q, scale_at, sum_at) -> None:
+        """The same, value by value."""
+        one = vector(F32, 1)
+
+        def only(value):
+            return e.builder.extract_element(value, ir.Constant(I32, 0))
+
+        def value(k):
+            return e.load(e.add(x, e.mul(k, 4)), one)
+
+        def largest_of(k, state):
+            return [_larger(e)(only(_magnitude_bits(e, value(k))), state[0])]
+
+        scale, inverse = _scale_of(e, e.loop(count, [ir.Constant(I32, 0)], largest_of)[0])
+        for first in range(0, size, _LANES):
+            e.store(e.constant(vector(type_, _LANES), 0), e.add(q, first * bytes_))
+
+        def quantise_one(k, state):
+            integer = only(_rounded(e, value(k), inverse))
+            place = k
+            if layout == "pairs":  # k of 1 and 2 change places
+                b, i = e.builder, e.builder.and_(k, e.const(3))
+                swapped = b.or_(b.shl(b.and_(i, e.const(1)), e.const(1)), b.lshr(i, e.const(1)))
+                place = e.add(b.sub(k, i), swapped)
+            e.store(e.builder.trunc(integer, type_), e.add(q, e.mul(place, bytes_)))
+            return [e.builder.add(state[0], integer)]
+
+        finish(e, e.loop(count, [ir.Constant(I32, 0)], quantise_one)[0], scale, scale_at, sum_at)
+
+    @kernel(5)
+    def quantise(e, x, count, q, scale_at, sum_at):
+        is_whole = e.builder.zext(e.builder.icmp_signed("==", count, e.const(size)), count.type)
+        e.switch(
+            is_whole,
+            {1: lambda: whole(e, x, q, scale_at, sum_at), 0: lambda: part(e, x, count, q, scale_at, sum_at)},
+        )
+
+    return quantise
 
 
-@compiled
-def _set_group_sums(values, sums):
-    """``-8 * sum`` over each group of 32 of the prepared ``values``."""
-    out = ints32(sums, len(values) // 32)
-    for group in range(len(out)):
-        total = np.int32(0)
-        for k in range(32 * group, 32 * group + 32):
-            total += np.int32(np.int16(values[k]))  # 16-bit words hold signed values, too
-        out[group] = -8 * total
+def prepare_groups(layout: str, size: int, sum_factor: int | None):
+    """Compile ``prepare`` for integer products with groups of ``size`` k.
+
+    A group's sum is ``sum_factor * sum of q``, or without a factor the float32 ``scale * sum of q``.
+    """
+    quantise, item = _group_kernel(layout, size, sum_factor), value_bytes(layout)
+
+    @c_function(PREPARE_SIGNATURE, f"prepare-{layout}-{size}-{sum_factor}")
+    def prepare(x, x_stride, K, first_row, last_row, prepared, prepared_stride):
+        groups = (K + size - 1) // size
+        for row in range(first_row, last_row):
+            q = prepared + row * prepared_stride
+            scales = q + groups * size * item
+            for group in range(groups):
+                first = group * size
+                quantise(
+                    x + row * x_stride + 4 * first,
+                    min(size, K - first),
+                    q + first * item,
+                    scales + 4 * group,
+                    scales + 4 * (groups + group),
+                )
+
+    return prepare
 
 
 @compiled
@@ -101,7 +173,7 @@ def _bfloat16_row(x, K, q):
     bits, out = words32(x, K), words16(q, (K + 1) // 2 * 2)
     for k in range(K):
         word = bits[k]
-        if word & _MAGNITUDE > _EXPONENT:
+        if word & np.uint32(_MAGNITUDE) > np.uint32(_EXPONENT):
             out[k] = 0x7FC0  # NaN: rounding its bits up could make an infinity of it
         else:
             out[k] = (word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
@@ -110,40 +182,11 @@ def _bfloat16_row(x, K, q):
 
 
 def prepare_bfloat16():
-    """Compile ``prepare`` for bfloat16 dot products; ``x_scale`` is not written."""
+    """Compile ``prepare`` for bfloat16 dot products."""
 
     @c_function(PREPARE_SIGNATURE, "prepare-bfloat16")
-    def prepare(x, x_stride, K, first_row, last_row, prepared, prepared_stride, x_scale):
+    def prepare(x, x_stride, K, first_row, last_row, prepared, prepared_stride):
         for row in range(first_row, last_row):
             _bfloat16_row(x + row * x_stride, K, prepared + row * prepared_stride)
-
-    return prepare
-
-
-_LAYOUTS = {  # name -> (writes a row, looks at it, bytes of a value)
-    "bytes": (_bytes_row, bytes8, 1),
-    "biased": (_biased_row, bytes8, 1),
-    "pairs": (_pairs_row, words16, 2),
-}
-
-
-def value_bytes(layout: str) -> int:
-    """Bytes of one quantised value in ``layout``."""
-    return _LAYOUTS[layout][2]
-
-
-def prepare_integers(layout: str, step: int, with_group_sums: bool):
-    """Compile ``prepare`` for integer products: K is padded to ``step``, sums follow if asked for."""
-    quantise_row, view, size = _LAYOUTS[layout]
-
-    @c_function(PREPARE_SIGNATURE, f"prepare-{layout}-{step}-{with_group_sums}")
-    def prepare(x, x_stride, K, first_row, last_row, prepared, prepared_stride, x_scale):
-        padded = (K + step - 1) // step * step
-        for row in range(first_row, last_row):
-            q = prepared + row * prepared_stride
-            inverse = _set_scale(x + row * x_stride, K, x_scale + 4 * row)
-            quantise_row(x + row * x_stride, K, inverse, q, padded)
-            if with_group_sums:
-                _set_group_sums(view(q, padded), q + padded * size)
 
     return prepare

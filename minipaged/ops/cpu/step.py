@@ -45,7 +45,7 @@ def _norm_rows(model, weight, bias, linear, num_rows, thread, num_threads):
     for row in range(first, last):
         normed = model.normed + row * model.hidden_stride
         norm(model, model.hidden + row * model.hidden_stride, weight, bias, normed, model.hidden_size)
-        prepare_row(linear, normed, row, model.prepared, model.prepared_scale)
+        prepare_row(linear, normed, row, model.prepared)
 
 
 @compiled
@@ -79,7 +79,7 @@ def _feed_forward(model, layer, linears, num_rows, thread, num_threads):
     """``output = down(activation(gate_up(normed)))``."""
     gate_up, down = linears[layer.gate_up], linears[layer.down]
     multiply(
-        gate_up, model.normed, model.hidden_stride, model.prepared, model.prepared_scale, num_rows,
+        gate_up, model.normed, model.hidden_stride, model.prepared, num_rows,
         model.inner, model.inner_stride, thread, num_threads,
     )  # fmt: skip
     barrier(model.barrier, num_threads)
@@ -89,10 +89,10 @@ def _feed_forward(model, layer, linears, num_rows, thread, num_threads):
         if gate_up.bias:
             add(inner, gate_up.bias, gate_up.num_outputs)
         activate(model.activation + 3 * model.gated, inner, inner + 4 * down.num_inputs, down.num_inputs)
-        prepare_row(down, inner, row, model.prepared, model.prepared_scale)
+        prepare_row(down, inner, row, model.prepared)
     barrier(model.barrier, num_threads)
     multiply(
-        down, model.inner, model.inner_stride, model.prepared, model.prepared_scale, num_rows,
+        down, model.inner, model.inner_stride, model.prepared, num_rows,
         model.output, model.hidden_stride, thread, num_threads,
     )  # fmt: skip
     barrier(model.barrier, num_threads)
@@ -126,7 +126,7 @@ def step_function() -> Callable:
                 _norm_rows(model, layer.input_norm, layer.input_norm_bias, qkv, num_rows, thread, num_threads)
                 barrier(model.barrier, num_threads)
                 multiply(
-                    qkv, model.normed, model.hidden_stride, model.prepared, model.prepared_scale, num_rows,
+                    qkv, model.normed, model.hidden_stride, model.prepared, num_rows,
                     model.qkv, model.qkv_stride, thread, num_threads,
                 )  # fmt: skip
                 barrier(model.barrier, num_threads)
@@ -148,10 +148,10 @@ def step_function() -> Callable:
                 first, last = share(num_rows, thread, num_threads)
                 for row in range(first, last):
                     attended = model.attended + row * model.attended_stride
-                    prepare_row(o, attended, row, model.prepared, model.prepared_scale)
+                    prepare_row(o, attended, row, model.prepared)
                 barrier(model.barrier, num_threads)
                 multiply(
-                    o, model.attended, model.attended_stride, model.prepared, model.prepared_scale, num_rows,
+                    o, model.attended, model.attended_stride, model.prepared, num_rows,
                     model.output, model.hidden_stride, thread, num_threads,
                 )  # fmt: skip
                 barrier(model.barrier, num_threads)
@@ -175,7 +175,7 @@ def step_function() -> Callable:
             _norm_rows(model, model.final_norm, model.final_norm_bias, lm_head, num_rows, thread, num_threads)
             barrier(model.barrier, num_threads)
             multiply(
-                lm_head, model.normed, model.hidden_stride, model.prepared, model.prepared_scale, num_rows,
+                lm_head, model.normed, model.hidden_stride, model.prepared, num_rows,
                 model.logits, model.logits_stride, thread, num_threads,
             )  # fmt: skip
             barrier(model.barrier, num_threads)

@@ -52,9 +52,9 @@ MODEL = _record(
     "layer_norm activation gated qk_norm post_norms "
     "embedding_format embedding embedding_scales position_embedding final_norm final_norm_bias lm_head "
     "num_experts experts_per_token normalize_experts "
-    # Buffers, one row a token, strides in bytes. prepared, prepared_scale: input of a product.
+    # Buffers, one row a token, strides in bytes. prepared: input of a product.
     "hidden hidden_stride normed output qkv qkv_stride attended attended_stride inner inner_stride "
-    "prepared prepared_scale scratch scratch_bytes "
+    "prepared scratch scratch_bytes "
     # Experts: see moe.py.
     "expert_ids expert_weights expert_slots expert_starts expert_rows expert_input "
     # Threads: see team.py; counters: int64 [num_layers], the next item of each layer's attention.

@@ -58,7 +58,6 @@ class Tile:
     width: int
     x: ir.Value
     x_stride: ir.Value
-    x_scale: ir.Value
     w: ir.Value
     w_scale: ir.Value
     w_aux: ir.Value
@@ -120,9 +119,23 @@ class Strip:
             if not whole_panel:
                 e.prefetch(e.add(next_panel, line), locality=2)
 
-    def of_row(self, e: Emitter, row: ir.Value, type_: ir.Type) -> list[ir.Value]:
-        """This strip's part of a row of 48 32-bit values at ``row``."""
-        return self.vectors(e, e.add(row, self.offset), type_)
+    def prefetch_next_panel(self, e: Emitter, step: ir.Value, num_steps: int) -> None:
+        """Ask, at the begin of ``num_steps`` steps, for lines of the next panel, if the strip is a whole panel.
+
+        A tile that is alone reads all panels in sequence, and the hardware follows that.
+        """
+        if self.tile.width * e.isa.vector_bytes != STEP_BYTES or self.tile.height == 1:
+            return
+        start = e.add(self.next_w, e.mul(step, self.next_stride))
+        lines = e.div(e.add(e.mul(self.next_stride, num_steps), LINE - 1), LINE)
+        is_alone = e.builder.icmp_signed("==", self.tile.num_tiles, e.const(1))
+        lines = e.builder.select(is_alone, e.const(0), lines)
+
+        def ask(line, state):
+            e.prefetch(e.add(start, e.mul(line, LINE)), locality=2)
+            return []
+
+        e.loop(lines, [], ask)
 
     def vectors(self, e: Emitter, address: ir.Value, type_: ir.Type) -> list[ir.Value]:
         return [e.load(e.add(address, i * e.isa.vector_bytes), type_) for i in range(self.tile.width)]
@@ -159,13 +172,13 @@ def product_function(
         shapes: height of a tile -> its width in vectors, for every height 1, 2, ... in use.
         emit_tile: emits the product of the rows of a tile with its panel.
         panel_bytes: njit function ``K -> bytes`` of a packed panel.
-        scale_bytes: njit function ``K -> bytes`` of a panel's scales.
+        scale_bytes: njit function ``K -> bytes`` of a panel's scales, and of its minima.
 
     Returns a ``CFunc`` with the arguments of :mod:`~minipaged.ops.cpu.products`.
     """
     tallest = max(shapes)
 
-    @kernel(13)
+    @kernel(12)
     def rows(e, height, *arguments):
         e.switch(
             height,
@@ -173,7 +186,7 @@ def product_function(
         )
 
     @c_function(PRODUCT_SIGNATURE, name)
-    def product(x, x_stride, x_scale, w, w_scale, w_aux, K, panel0, panel1, M, out, out_stride, accumulate):
+    def product(x, x_stride, w, w_scale, w_aux, K, panel0, panel1, M, out, out_stride, accumulate):
         size = panel_bytes(K)
         num_tiles = (M + tallest - 1) // tallest
         share = (size + num_tiles - 1) // num_tiles  # of the next panel, fetched by each tile
@@ -187,10 +200,9 @@ def product_function(
                     height,
                     x + row * x_stride,
                     x_stride,
-                    x_scale + 4 * row,
                     w_panel,
                     w_scale + panel * scale_bytes(K),
-                    w_aux + 4 * PANEL * panel,
+                    w_aux + panel * scale_bytes(K),
                     K,
                     out + row * out_stride + 4 * PANEL * panel,
                     out_stride,

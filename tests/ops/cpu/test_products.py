@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minipaged.errors import ConfigError
 from minipaged.ops.cpu import features
-from minipaged.ops.cpu.packing import pack, padded_rows
+from minipaged.ops.cpu.packing import INT8_GROUP, pack, padded_rows
 from minipaged.ops.cpu.products import FORMATS, product_kernel
 from tests.support.cpu_products import expected, quantised_rows, run_product, unpacked
 
@@ -34,14 +34,27 @@ def test_equals_the_definition(format, N, K, M):
     assert (out[:, N:] == 0).all(), "columns of the padding are zeros"
 
 
-def test_int8_sums_are_exact():
-    """The integers are exact however long the sum; one conversion and two multiplications follow."""
-    weight, x = weight_and_rows(48, 4099, 3)
+@pytest.mark.parametrize("K", [64, 17])
+def test_the_sums_of_a_group_are_exact(K):
+    """The integers are exact; then come a conversion, the scales' product, and a multiplication."""
+    weight, x = weight_and_rows(48, K, 3)
     packed = pack("int8", weight)
-    q, scale = quantised_rows(x)
-    words = packed.data.transpose(0, 2, 1, 3).reshape(48, -1)[:, :4099].astype(np.int64)
-    exact = (q @ words.T).astype(np.float32) * packed.scale[0] * scale[:, None]
+    q, scale = quantised_rows(x, INT8_GROUP)
+    words = packed.data.transpose(0, 2, 1, 3).reshape(48, -1).astype(np.int64) - 128
+    exact = (q[:, 0] @ words.T).astype(np.float32) * (packed.scale[0, 0].astype(np.float32) * scale)
     assert np.array_equal(run_product(product_kernel("int8"), packed, x), exact)
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_one_large_value_costs_its_group_alone(format):
+    """Activations of transformers have a few values that are hundreds of times larger than the rest."""
+    weight, x = weight_and_rows(48, 640, 2)
+    x[:, 70] = 1000.0
+    packed = pack(format, weight)
+    only = np.where(np.arange(640) // 64 == 1, x, np.float32(0))  # the groups with the large value
+    others = run_product(product_kernel(format), packed, x) - run_product(product_kernel(format), packed, only)
+    exact = (x - only) @ unpacked(packed).T
+    assert np.abs(others - exact).max() < 0.01 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])
@@ -50,7 +63,7 @@ def test_extreme_integers_do_not_saturate(format):
     K = 256
     weight = np.full((48, K), -8.0, np.float32)
     weight[1::2] = 7.0
-    weight[1::2, ::32] = -8.0  # so that int4 stores 7 as its largest nibble
+    weight[1::2, ::32] = -8.0  # so that int4 has both ends of its range
     x = np.full((2, K), 3.0, np.float32)
     x[1] *= -1
     packed = pack(format, weight)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from llvmlite import ir
 
-from minipaged.ops.cpu import compile_cache, features, products_float, products_int4, products_int8
+from minipaged.ops.cpu import compile_cache, features, products_float, products_groups, products_int4, products_int8
 from minipaged.ops.cpu.emit import I64, Emitter
 from minipaged.ops.cpu.packing import pack
 from minipaged.ops.cpu.products import FORMATS, product_kernel
@@ -67,15 +67,16 @@ def test_forcing_up_is_refused(tmp_path):
 
 # ---- AVX-512, which the machine that runs the tests may not have
 
+
+def emits_groups(module):
+    return lambda e, tile: products_groups.emit_groups(module.FORMAT, module.add_group_vnni, "bytes", e, tile)
+
+
 KERNELS = {  # emitted tile, tallest height, the instruction it is about
     "float32": (products_float.emit_float32, products_float.tile_shapes, "vfmadd231ps"),
     "bfloat16": (products_float.emit_bfloat16_dot, products_float.tile_shapes, "vdpbf16ps"),
-    "int8": (products_int8.emit_vnni, products_int8.tile_shapes, "vpdpbusd"),
-    "int4": (
-        lambda e, tile: products_int4.emit_int4(products_int4.add_group_vnni, 1, e, tile),
-        products_int4.tile_shapes,
-        "vpdpbusd",
-    ),
+    "int8": (emits_groups(products_int8), products_int8.tile_shapes, "vpdpbusd"),
+    "int4": (emits_groups(products_int4), products_int4.tile_shapes, "vpdpbusd"),
 }
 
 
@@ -83,7 +84,7 @@ def assembly(emit, isa, height, width, cpu):
     """The tile as a function of its own, compiled for ``cpu``."""
     module = ir.Module()
     module.triple = "x86_64-unknown-linux-gnu"
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 12), "tile")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 11), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
     emit(Emitter(builder, isa), Tile(height, width, *function.args))
     builder.ret_void()
@@ -106,7 +107,7 @@ def assembly(emit, isa, height, width, cpu):
 @pytest.mark.parametrize("cpu", ["znver4", "sapphirerapids"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_avx512_tiles_are_what_they_should_be(format, cpu):
-    """The tallest tile: the right instruction on whole 512-bit registers, and no register spilled."""
+    """The tallest tile: the right instruction on whole 512-bit registers, and no accumulator spilled."""
     emit, tile_shapes, instruction = KERNELS[format]
     isa = features.instruction_set("avx512bf16")
     shapes = tile_shapes(isa)
@@ -114,10 +115,13 @@ def test_avx512_tiles_are_what_they_should_be(format, cpu):
     text = assembly(emit, isa, height, shapes[height], cpu)
     lines = text.splitlines()
     dots = [i for i, line in enumerate(lines) if re.match(rf"\s+{instruction}\s.*%zmm\d+$", line)]
-    steps = 2 * products_int4.WORDS if format == "int4" else 1
+    steps = {"int8": products_int8.FORMAT.words, "int4": 2 * products_int4.FORMAT.words}.get(format, 1)
     assert len(dots) >= height * shapes[height] * steps, text
-    inner_loop = "\n".join(lines[dots[0] : dots[-1]])
-    assert not re.search(r"zmm.*\(%rsp\)|\(%rsp\).*zmm", inner_loop), f"an accumulator lives in memory:\n{inner_loop}"
+    inner_loop = lines[dots[0] : dots[-1]]
+    spills = [line for line in inner_loop if re.search(r"zmm.*\(%rsp\)|\(%rsp\).*zmm", line)]
+    # The totals of int8 may wait in memory while a group is added up: that is once for 16 dots.
+    allowed = height * shapes[height] if format == "int8" else 0
+    assert len(spills) <= allowed, "an accumulator lives in memory:\n" + "\n".join(inner_loop)
 
 
 class EmulatingEmitter(Emitter):
