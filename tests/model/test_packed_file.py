@@ -11,7 +11,7 @@ import pytest
 
 from minipaged.errors import ConfigError, ModelFormatError, ModelNotFoundError
 from minipaged.model import packed_file
-from minipaged.model.packed_file import MAGIC, PackedFile, is_packed, write
+from minipaged.model.packed_file import MAGIC, VERSION, PackedFile, is_packed, write
 
 ARRAYS = {
     "bytes": np.arange(7, dtype=np.uint8),
@@ -41,7 +41,7 @@ def test_arrays_come_back_aligned_and_read_only(tmp_path):
     assert is_packed(path)
 
 
-def container(header, data: bytes = b"", *, version: int = 1, magic: bytes = MAGIC, digest: bytes = b"") -> bytes:
+def container(header, data: bytes = b"", *, version: int = VERSION, magic: bytes = MAGIC, digest: bytes = b"") -> bytes:
     """A file of these parts; the header's place in it is honest."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     digest = digest or hashlib.sha256(text).digest()
@@ -70,7 +70,7 @@ BAD = {
     "empty": (b"", "has 0 bytes"),
     "short": (MAGIC + bytes(55), "has 63 bytes"),
     "other file": (b"GGUF" + bytes(100), "not a packed model"),
-    "newer version": (container(arrays(), bytes(128), version=2), "version 2"),
+    "newer version": (container(arrays(), bytes(128), version=VERSION + 1), f"version {VERSION + 1}"),
     "header too long": (container(arrays())[:12] + (1000).to_bytes(4, "little") + bytes(48), "header has 1000 bytes"),
     "header damaged": (container(arrays(), bytes(128), digest=b"x" * 32), "damaged"),
     "reserved bytes used": (fit(arrays(), 0)[:60] + b"1234" + fit(arrays(), 0)[64:], "damaged"),
