@@ -170,13 +170,13 @@ def test_arrays_that_do_not_fit_the_configuration_are_refused(tmp_path):
             PackedModel(path).weights()
 
     refused(f"{name}' is missing", {key: array for key, array in good.items() if key != name} | {"x": good[name]})
-    refused(f"{name}' is int8 .*; the model needs int8", good | {name: good[name][:, 1:].copy()})
-    refused(f"{name}' is uint8", good | {name: good[name].view(np.uint8)})
+    refused(f"{name}' is uint8 .*; the model needs uint8", good | {name: good[name][:, 1:].copy()})
+    refused(f"{name}' is int8", good | {name: good[name].view(np.int8)})
     refused("'extra' is unknown", good | {"extra": good[name]})
     larger = PackedFile(path).header["config"] | {"num_hidden_layers": 4000}
     refused("fewer arrays", good, config=larger)
     wider = larger | {"num_hidden_layers": 1, "intermediate_size": 2**20}
-    refused("gate_up.weight.data' is int8", good, config=wider)
+    refused("gate_up.weight.data' is uint8", good, config=wider)
 
 
 @pytest.mark.parametrize(
