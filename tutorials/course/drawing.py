@@ -65,7 +65,7 @@ def draw_shades(title: str, matrix, rows: list[str], columns: list[str], *, note
 
 
 def draw_bars(title: str, groups: dict[str, list[float]], labels: list[str], *, note: str = "") -> Picture:
-    """For each label a bar of every group, side by side; values are from 0 to 1."""
+    """For each label a bar of every group, side by side; the largest value fills the height."""
     height, bar, gap = 120, 14, 10
     step = len(groups) * bar + gap
     canvas = Canvas(max(420, 2 * MARGIN + len(labels) * step))
@@ -76,9 +76,10 @@ def draw_bars(title: str, groups: dict[str, list[float]], labels: list[str], *, 
         canvas.text(x + 17, y + 11, name, size=12)
         x += 34 + 7 * len(name)
     y += 24
+    largest = max(max(values) for values in groups.values())
     for index, label in enumerate(labels):
         for number, (name, values) in enumerate(groups.items()):
-            top = height * float(values[index])
+            top = height * float(values[index]) / largest
             left = MARGIN + index * step + number * bar
             classes = f"f-hue{number} s-line"
             title_text = f"{label}, {name}: {values[index]:.3f}"

@@ -40,7 +40,8 @@ def softmax(scores):
 
 best = np.argsort(-logits)[:12]
 bars = {f"temperature {t}": softmax(logits / t)[best].tolist() for t in (0.5, 1.0, 1.5)}
-show(draw_bars("What follows 'ROMEO: I'", bars, [word(model, i) for i in best.tolist()]))
+note = f"probabilities; the highest bar is {max(bars['temperature 0.5']):.2f}"
+show(draw_bars("What follows 'ROMEO: I'", bars, [word(model, i) for i in best.tolist()], note=note))
 kept = int((np.cumsum(np.sort(softmax(logits))[::-1]) < 0.9).sum()) + 1
 print("tokens that hold 90% of the probability:", kept, "of", len(logits))
 assert len(logits) == 1024 and kept == 52
