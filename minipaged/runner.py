@@ -13,7 +13,7 @@ from minipaged.model.loader import LoadedModel
 from minipaged.model.weights import ModelWeights, digest
 from minipaged.ops.interface import Batch
 from minipaged.sampling.device_sampler import DeviceLogits, DeviceSampler
-from minipaged.sampling.sampler import Sampler
+from minipaged.sampling.sampler import Sampler, examine
 from minipaged.sampling.step_logits import DrawOrder, HostLogits, PromptOrder, StepLogits
 
 
@@ -42,7 +42,8 @@ class Runner:
             parts = _build_reference(model, num_threads=num_threads, **sizes)
         self.decoder, self.kv_cache, self.weight_bytes, self.embedding_bytes = parts
         self.block_size = block_size
-        self.sampler = Sampler(model.config.vocab_size)
+        examine_logits = self.decoder.examine_logits if backend.name == "cpu" else examine
+        self.sampler = Sampler(model.config.vocab_size, examine_logits)
         self.device_sampler = DeviceSampler(self.sampler) if backend.name == "cuda" else None
         # The operating system provides the memory page by page as blocks are first swapped out.
         if num_host_blocks and backend.name == "cuda":

@@ -92,7 +92,10 @@ class SequenceGroup:
     @property
     def finished(self) -> bool:
         """Whether every sequence is."""
-        return all(sequence.output.finished for sequence in self.sequences)
+        for sequence in self.sequences:  # asked four times a step, and most groups have one sequence
+            if sequence.output.finish_reason is None:
+                return False
+        return True
 
     # -- what a step does to it -------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import numpy as np
 from minipaged.model.config import ModelConfig
 from minipaged.model.rope import rope_tables
 from minipaged.model.weights import Linear, ModelWeights, Norm
-from minipaged.ops.cpu import attention, embedding, packing
+from minipaged.ops.cpu import attention, embedding, logits, packing
 from minipaged.ops.cpu.elementwise import ACTIVATIONS
 from minipaged.ops.cpu.kv import CpuKVCache, KVLayout, write_phase
 from minipaged.ops.cpu.moe import experts_phase
@@ -74,7 +74,7 @@ class CpuDecoder:
         """
         assert kv_cache is self.kv_cache, "the tables point to the cache that the decoder was made with"
         model, num_logits = self._model, len(batch.logits_indices)
-        logits = np.empty((num_logits, padded_rows(self.config.vocab_size)), np.float32)
+        result = np.empty((num_logits, padded_rows(self.config.vocab_size)), np.float32)
         arrays = {
             "input_ids": np.ascontiguousarray(batch.input_ids, np.int32),
             "positions": np.ascontiguousarray(batch.positions, np.int32),
@@ -82,7 +82,7 @@ class CpuDecoder:
             "block_tables": np.ascontiguousarray(batch.block_tables, np.int32),
             "tiles": self._tiles(batch),
             "logits_indices": np.ascontiguousarray(batch.logits_indices, np.int32),
-            "logits": logits,
+            "logits": result,
         }
         for name, array in arrays.items():
             model[name] = array.ctypes.data
@@ -90,10 +90,12 @@ class CpuDecoder:
         model["num_logits"] = num_logits
         model["num_tiles"] = len(arrays["tiles"])
         model["block_table_stride"] = arrays["block_tables"].strides[0]
-        model["logits_stride"] = 4 * logits.shape[1]
+        model["logits_stride"] = 4 * result.shape[1]
         self._counters.fill(0)
         self.team.run()
-        return logits[:, : self.config.vocab_size]
+        return result[:, : self.config.vocab_size]
+
+    examine_logits = staticmethod(logits.examine)
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""

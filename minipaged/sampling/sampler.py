@@ -10,6 +10,7 @@ its batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,11 +43,25 @@ class SampledToken:
     error: str | None = None
 
 
-class Sampler:
-    """Samples for a vocabulary of ``vocab_size`` tokens; keeps nothing from one call to the next."""
+def examine(logits: np.ndarray) -> tuple[list[int], list[bool]]:
+    """For each row of float32 ``logits [S, vocab]``: the index of its largest value (the first of several; of no
+    meaning where one is NaN), and whether any value is NaN or infinite."""
+    damaged = ~np.isfinite(logits.sum(axis=1))
+    if damaged.any():  # a sum that is not finite may be a mere overflow; only then look at each logit
+        damaged &= ~np.isfinite(logits).all(axis=1)
+    return logits.argmax(axis=1).tolist(), damaged.tolist()
 
-    def __init__(self, vocab_size: int):
+
+class Sampler:
+    """Samples for a vocabulary of ``vocab_size`` tokens; keeps nothing from one call to the next.
+
+    Args:
+        examine: does what :func:`examine` does; a backend may have a faster way.
+    """
+
+    def __init__(self, vocab_size: int, examine: Callable = examine):
         self.vocab_size = vocab_size
+        self._examine = examine
         self._row = np.empty(vocab_size, dtype=np.float32)  # fresh memory costs more than the copy into it
 
     def sample(
@@ -69,12 +84,11 @@ class Sampler:
             return []
         # Extreme logits overflow on the way to a value that is then checked for being finite.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            likeliest = logits.argmax(axis=1).tolist()
-            suspect = (~np.isfinite(logits.sum(axis=1))).tolist()
+            likeliest, damaged = self._examine(logits)
             uniforms = self._uniforms(states)
             return [
                 self._sample_row(row, *facts, with_margins)
-                for row, *facts in zip(logits, states, likeliest, suspect, uniforms, strict=True)
+                for row, *facts in zip(logits, states, likeliest, damaged, uniforms, strict=True)
             ]
 
     @staticmethod
@@ -83,9 +97,8 @@ class Sampler:
             return [0.0] * len(states)
         return uniform([state.seed for state in states], [state.position for state in states]).tolist()
 
-    def _sample_row(self, raw, state, likeliest, suspect, uniform, with_margins) -> SampledToken:
-        # A sum that is not finite may be a mere overflow; only then look at each logit.
-        if suspect and not np.isfinite(raw).all():
+    def _sample_row(self, raw, state, likeliest, damaged, uniform, with_margins) -> SampledToken:
+        if damaged:
             return SampledToken(-1, error=DAMAGED)
         row = raw
         processors = state.processors

@@ -1,0 +1,82 @@
+"""What the sampler asks of every row of logits, in one pass over them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+from llvmlite import ir
+from numba.core.ccallback import CFunc
+
+from .compile_cache import c_function
+from .emit import F32, I32, Emitter, kernel, vector
+
+_LANES = 16
+_EXPONENT, _MAGNITUDE = 0x7F800000, 0x7FFFFFFF
+
+
+@kernel(4)
+def _examine(e: Emitter, row, count, index_at, largest_at):
+    """Index of the largest of ``count`` float32 (the first, if several are), and the bits of the largest magnitude.
+
+    Floats without their signs are ordered like their bits, and NaN and infinity stand above all others.
+    """
+    b = e.builder
+
+    def chunk(width: int, first, best, best_index, magnitude):
+        values, indices = vector(F32, width), vector(I32, width)
+        lanes = ir.Constant(indices, list(range(width)))
+
+        def step(i, state):
+            at = e.add(first, e.mul(i, width))
+            found = e.load(e.add(row, e.mul(at, 4)), values)
+            index = b.add(lanes, e.broadcast(b.trunc(at, I32), width))
+            is_larger = b.fcmp_ordered(">", found, state[0])
+            bits = b.and_(e.bitcast(found, indices), e.constant(indices, _MAGNITUDE))
+            return [
+                b.select(is_larger, found, state[0]),
+                b.select(is_larger, index, state[1]),
+                b.select(b.icmp_signed(">", bits, state[2]), bits, state[2]),
+            ]
+
+        return step, [e.broadcast(part, width) for part in (best, best_index, magnitude)]
+
+    whole = e.div(count, _LANES)
+    zero, lowest = ir.Constant(I32, 0), ir.Constant(F32, float("-inf"))
+    step, state = chunk(_LANES, e.const(0), lowest, zero, zero)
+    best, index, magnitude = e.loop(whole, state, step)
+    largest = e.reduce(best, e.fmax)
+    beyond = e.constant(index.type, 0x7FFFFFFF)
+    is_best = b.fcmp_ordered("==", best, e.broadcast(largest, _LANES))
+    index = e.reduce(b.select(is_best, index, beyond), lambda x, y: b.select(b.icmp_signed("<", x, y), x, y))
+    magnitude = e.reduce(magnitude, lambda x, y: b.select(b.icmp_signed(">", x, y), x, y))
+    step, state = chunk(1, e.mul(whole, _LANES), largest, index, magnitude)
+    rest = b.and_(count, e.const(_LANES - 1))
+    _, index, magnitude = (b.extract_element(part, zero) for part in e.loop(rest, state, step))
+    e.store(index, index_at)
+    e.store(magnitude, largest_at)
+
+
+@cache
+def examine_rows() -> CFunc:
+    """Compile ``examine(logits, stride, num_rows, count, indices, largest)``: addresses, sizes in bytes, counts."""
+
+    @c_function("void(int64, int64, int64, int64, int64, int64)", "examine-logits")
+    def examine(logits, stride, num_rows, count, index_at, largest_at):
+        for row in range(num_rows):
+            _examine(logits + row * stride, count, index_at + 4 * row, largest_at + 4 * row)
+
+    return examine
+
+
+def examine(logits: np.ndarray) -> tuple[list[int], list[bool]]:
+    """As :func:`minipaged.sampling.sampler.examine`, in one pass and a quarter of the time.
+
+    Values of a row must be neighbours in memory.
+    """
+    num_rows, count = logits.shape
+    index, largest = np.empty(num_rows, np.int32), np.empty(num_rows, np.int32)
+    examine_rows().ctypes(
+        logits.ctypes.data, logits.strides[0], num_rows, count, index.ctypes.data, largest.ctypes.data
+    )
+    return index.tolist(), (largest >= _EXPONENT).tolist()
