@@ -201,8 +201,7 @@ def empty_slots(lengths, block_size, max_model_len):
 # %% [markdown] en
 # ## What to read next
 #
-# - [`static_scheduler.py`](../../minipaged/core/static_scheduler.py): contiguous reservation, the baseline, in 57
-#   lines.
+# - [`static_scheduler.py`](../../minipaged/core/static_scheduler.py): contiguous reservation, the baseline.
 # - [`memory.py`](../../minipaged/bench/memory.py): the measurement above; `minipaged bench memory` prints it.
 # - "Efficient Memory Management for Large Language Model Serving with PagedAttention" (Kwon et al., 2023), figure 2.
 #
@@ -210,8 +209,7 @@ def empty_slots(lengths, block_size, max_model_len):
 # %% [markdown] tr
 # ## Sırada ne okumalı?
 #
-# - [`static_scheduler.py`](../../minipaged/core/static_scheduler.py): karşılaştırma için kalan tek parça ayırma, 57
-#   satır.
+# - [`static_scheduler.py`](../../minipaged/core/static_scheduler.py): karşılaştırma için kalan tek parça ayırma.
 # - [`memory.py`](../../minipaged/bench/memory.py): yukarıdaki ölçüm; `minipaged bench memory` komutu onu yazdırır.
 # - "Efficient Memory Management for Large Language Model Serving with PagedAttention" (Kwon ve ark., 2023), şekil 2.
 #

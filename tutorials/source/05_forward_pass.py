@@ -265,8 +265,8 @@ assert output.outputs[0].token_ids == generated and num_computed == 46
 #
 # ## What to read next
 #
-# - [`decoder.py`](../../minipaged/model/decoder.py): the forward pass of all supported models, in 118 lines; yours is
-#   in `_hidden`.
+# - [`decoder.py`](../../minipaged/model/decoder.py): the forward pass of all supported models; yours is in
+#   `_hidden`.
 # - [`architectures.py`](../../minipaged/model/architectures.py): how a `config.json` becomes a `ModelConfig`.
 # - [`test_golden.py`](../../tests/engine/test_golden.py): the engine against the same golden values.
 # %% [markdown] tr
@@ -274,7 +274,7 @@ assert output.outputs[0].token_ids == generated and num_computed == 46
 #
 # ## Sırada ne okumalı?
 #
-# - [`decoder.py`](../../minipaged/model/decoder.py): desteklenen bütün modellerin ileri geçişi, 118 satır; sizinki
-#   `_hidden` içinde.
+# - [`decoder.py`](../../minipaged/model/decoder.py): desteklenen bütün modellerin ileri geçişi; sizinki `_hidden`
+#   içinde.
 # - [`architectures.py`](../../minipaged/model/architectures.py): bir `config.json` nasıl `ModelConfig` olur?
 # - [`test_golden.py`](../../tests/engine/test_golden.py): motor, aynı altın değerler (golden values) karşısında.

@@ -44,7 +44,7 @@ note = f"probabilities; the highest bar is {max(bars['temperature 0.5']):.2f}"
 show(draw_bars("What follows 'ROMEO: I'", bars, [word(model, i) for i in best.tolist()], note=note))
 kept = int((np.cumsum(np.sort(softmax(logits))[::-1]) < 0.9).sum()) + 1
 print("tokens that hold 90% of the probability:", kept, "of", len(logits))
-assert len(logits) == 1024 and kept == 52
+assert (len(logits), kept, len(logits) - kept) == (1024, 52, 972)
 
 # %% [markdown] en
 # 52 tokens hold 90% of the probability. The other 972 are the tail: each is unlikely, together they are drawn once in
