@@ -104,8 +104,8 @@ def build() -> Kernel:
             int32,
         ),
         block=THREADS,
-        registers_at_most=40,
-        blocks_per_sm=3,
+        registers_at_most=48,
+        blocks_per_sm=2,
     )
 
 

@@ -306,15 +306,16 @@ def build() -> Kernel:
         base = cuda.blockIdx.x * vocab_size
         draw = cuda.blockIdx.x
         while draw < num_draws:
-            row = integers[draw * 5 + 3]
+            row = int32(integers[draw * 5 + 3])
             if row < 0:
                 draw += cuda.gridDim.x
                 continue
             logits, offset = raw, row * vocab_size
-            largest, raw_choice, own, finite = likeliest(logits, offset, vocab_size, values, indices, counts)
-            choice = raw_choice
+            largest, choice, own, finite = likeliest(logits, offset, vocab_size, values, indices, counts)
+            if cuda.threadIdx.x == 0:
+                token[draw * 2 + 1] = choice
             if integers[draw * 5 + 4]:
-                logits, offset = processed, draw * vocab_size
+                logits, offset = processed, int32(draw) * vocab_size
                 largest, choice, own, _ = likeliest(logits, offset, vocab_size, values, indices, counts)
             if not finite:
                 choice = int32(NOT_FINITE)
@@ -342,7 +343,7 @@ def build() -> Kernel:
                     entry = find_entry(weights, base, number * chunk, end, before, target)
                     choice = ids[base + entry]
             if cuda.threadIdx.x == 0:
-                token[draw * 2], token[draw * 2 + 1] = choice, raw_choice
+                token[draw * 2] = choice
             cuda.syncthreads()
             draw += cuda.gridDim.x
 
