@@ -29,7 +29,7 @@ from minipaged.ops.cuda.attention import (
 )
 from minipaged.ops.cuda.buffers import Buffers
 from minipaged.ops.cuda.device import Call, Device, DeviceArray, Recording
-from minipaged.ops.cuda.inputs import NO_COPIES, StepInputs
+from minipaged.ops.cuda.inputs import MAX_COPIES, NO_COPIES, StepInputs
 from minipaged.ops.cuda.kv import CudaKVCache
 from minipaged.ops.cuda.plan import Plan
 from minipaged.ops.cuda.sampling import DeviceSampling, Needs
@@ -125,6 +125,9 @@ class CudaDecoder:
         """
         assert kv_cache is self.kv_cache, "plans point to the cache that the decoder was made with"
         num_tokens, num_logits, answers = len(batch.input_ids), len(batch.logits_indices), Answers(len(asks))
+        if len(copies) > MAX_COPIES:
+            kv_cache.copy_blocks(list(copies))
+            copies = ()
         groups = kv_cache.copy_groups(copies)
         pairs = np.array([pair for group in groups for pair in group], np.int32).reshape(-1, 2) if groups else NO_COPIES
         words_end = self.inputs.words_end(len(pairs))

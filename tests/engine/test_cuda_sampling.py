@@ -76,9 +76,9 @@ def sampled(max_tokens=3, **options) -> SamplingParams:
 def test_every_parameter_in_one_batch():
     """Filters, penalties, masks, bias, log-probabilities: nothing comes to the host but tokens."""
     requests = [
-        (PROMPTS[0][:9], sampled(logprobs=3, top_p=0.8)),
+        (PROMPTS[0][:9], sampled(2, logprobs=3, top_p=0.8)),
         (PROMPTS[1][:9], sampled(temperature=0, repetition_penalty=1.3, frequency_penalty=0.5, logprobs=0)),
-        (PROMPTS[1][:5], sampled(top_k=5, min_p=0.01, presence_penalty=1.0, prompt_logprobs=2)),
+        (PROMPTS[1][:5], sampled(2, top_k=5, min_p=0.01, presence_penalty=1.0, prompt_logprobs=2)),
         (PROMPTS[0][:5], sampled(temperature=0, logit_bias={17: 100}, min_tokens=2, ignore_eos=False)),
         (PROMPTS[0][:7], sampled(allowed_token_ids=[7, 99, 300, 512], seed=None, bad_words=["the"])),
     ]
@@ -179,3 +179,37 @@ def test_saved_prefixes(tmp_path):
     with LLM("tiny-draft", **options | {"device": "reference"}) as llm:
         with pytest.raises(SavedPrefixError, match="device 'cuda' .here 'reference'"):
             llm.load_prefix(tmp_path / "prefix.kv")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_everything_together(monkeypatch):
+    """All kinds at once, guessed ahead, in a pool that is too small: bit for bit what each gives alone."""
+    monkeypatch.setattr(SwapSpace, "_is_cheaper", lambda *_: True)
+    beams = {"use_beam_search": True, "max_tokens": 4}
+    requests = [
+        (PROMPTS[1][:4] * 2, sampled(9, temperature=0, logprobs=1)),
+        (PROMPTS[1][:4] * 3, sampled(9, repetition_penalty=1.2, prompt_logprobs=1)),
+        (PROMPTS[0][:7], sampled(8, n=2, top_p=0.9, top_k=20)),
+        (PROMPTS[0][:6], SamplingParams(beam_width=2, logprobs=1, **beams)),
+        (PROMPTS[0][:9], SamplingParams(beam_width=2, frequency_penalty=0.5, **beams)),
+        (PROMPTS[1][:5], sampled(8, min_p=0.02, logit_bias={40: 3}, min_tokens=4, ignore_eos=False)),
+    ]
+    options = OPTIONS | {"device": "cuda", "block_size": 4}
+    large = make_engine("tiny-draft", **options, enable_prefix_caching=False)
+    alone = [generate(large, *request) for request in requests]
+    ahead = {"speculative_model": "ngram", "num_speculative_tokens": 2, "adaptive_speculation": False}
+    engine = make_engine("tiny-draft", **options, **ahead, num_blocks=13, swap_space=1 << 20)
+    for _ in range(2):
+        ids = [engine.add_request(*request) for request in requests]
+        finished = run_to_end(engine)
+        for request_id, expected in zip(ids, alone, strict=True):
+            found = finished[request_id]
+            assert found.prompt_logprobs == expected.prompt_logprobs
+            for a, b in zip(expected.outputs, found.outputs, strict=True):
+                assert (a.token_ids, a.text, a.logprobs) == (b.token_ids, b.text, b.logprobs)
+                assert (a.cumulative_logprob, a.beam_score) == (b.cumulative_logprob, b.beam_score)
+    stats = engine.stats()
+    assert min(stats.num_blocks_swapped_in, stats.num_blocks_copied, stats.num_tokens_accepted) > 0
+    assert min(stats.num_prompt_tokens_cached, stats.num_logits_rows_on_host) > 0
+    assert_all_blocks_back(engine)

@@ -31,6 +31,8 @@ from .device import Device, DeviceArray
 
 ALIGNMENT = 256  # bytes
 NO_COPIES = np.zeros((0, 2), np.int32)
+MAX_COPIES = 1 << 14
+"""Pairs of blocks that are sent with a step, at most: what :func:`~.asks.max_words` adds has room for them."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from tests.support.cuda_devices import DEVICES, make_device
 
 from minipaged.config import SamplingParams
 from minipaged.errors import NumericalError
+from minipaged.model import cuda_decoder
 from minipaged.ops.cuda import memory
 from minipaged.ops.cuda.asks import max_words, pack, turns
+from minipaged.ops.cuda.inputs import MAX_COPIES
 from minipaged.ops.sampling import Ask, Draw, Edits
 from minipaged.sampling.device_sampler import DeviceLogits, DeviceSampler
 from minipaged.sampling.sampler import Sampler
@@ -78,7 +80,7 @@ def assert_same_tokens(expected, found):
             assert b.top[0] == a.top[0] and b.top[1] == pytest.approx(a.top[1], abs=1e-6)
 
 
-@pytest.mark.parametrize("rows_at_once", [256, 7])
+@pytest.mark.parametrize("rows_at_once", [7, pytest.param(256, marks=pytest.mark.slow)])
 def test_the_tokens_are_the_hosts(device, monkeypatch, rows_at_once):
     """20 rows, some drawn from several times; with fewer rows at once, in several turns."""
     monkeypatch.setattr(memory, "MAX_LOGITS_ROWS", rows_at_once)
@@ -180,27 +182,33 @@ class _Infinite:
         return False
 
 
-def test_graphs_sample_what_their_launches_sample(device):
-    """Three sequences padded to four, a block copied on the way; parameters change from step to step."""
+def test_graphs_sample_what_their_launches_sample(device, monkeypatch):
+    """Three sequences padded to four; parameters change from step to step, and blocks move between steps."""
     results = []
-    for use_graphs in (False, True):
+    for use_graphs, moves in ((False, {}), (True, {}), (True, {6: (0, 1), 7: (1, 0)})):
         machine, rng = Machine(device, "llama_gqa", use_graphs=use_graphs), random.Random(13)
-        tables = [machine.blocks(9) for _ in range(3)]
-        machine.step([(np.arange(9, dtype=np.int32), table, 0, 5) for table in tables])
-        spare, tokens = machine.blocks(4)[0], []
-        for position in range(5, 9):
-            states = [state_of(machine, rng) for _ in tables]
-            batch = machine.batch([(np.arange(9, dtype=np.int32), t, position, position + 1) for t in tables])
-            sampler = DeviceSampler(Sampler(machine.config.vocab_size))
-            prepared = sampler.prepare([0, 1, 2], [DrawOrder([state]) for state in states], {}, {})
+        ids, rows = np.arange(9, dtype=np.int32), [0, 1, 2]
+        tables = [machine.blocks(9) for _ in rows]
+        machine.step([(ids, table, 0, 5) for table in tables])
+        tokens = []
+        for position in range(5, 8):
             copies = []
-            if position == 7:  # the second block of the first sequence moves
-                copies, tables[0][1] = [(int(tables[0][1]), int(spare))], spare
-                batch = machine.batch([(np.arange(9, dtype=np.int32), t, position, position + 1) for t in tables])
+            if position in moves:
+                sequence, block = moves[position]
+                (spare,) = machine.blocks(1)
+                copies = [(int(tables[sequence][block]), int(spare))]
+                tables[sequence][block] = spare
+            # The last is one more than are sent with a step, and goes by itself.
+            monkeypatch.setattr(cuda_decoder, "MAX_COPIES", 1 if position < 7 else 0)
+            states = [state_of(machine, rng) for _ in tables]
+            batch = machine.batch([(ids, table, position, position + 1) for table in tables])
+            sampler = DeviceSampler(Sampler(machine.config.vocab_size))
+            prepared = sampler.prepare(rows, [DrawOrder([state]) for state in states], {}, {})
             answers = machine.decoder.sample(batch, machine.cache, prepared.asks, copies)
-            tokens += DeviceLogits(sampler.sampler, prepared, answers, [0, 1, 2], {}).draw([0, 1, 2], states)
+            tokens += DeviceLogits(sampler.sampler, prepared, answers, rows, {}).draw(rows, states)
+        assert all(token.error is None for token in tokens)
         results.append(tokens)
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
     assert machine.decoder._graphs and all(key[0] == 4 for key in machine.decoder._graphs)
 
 
@@ -221,8 +229,8 @@ def test_turns_hold_what_fits():
 
 
 def test_one_request_always_fits():
-    """The most that a request may ask for, of a vocabulary of any size."""
+    """The most that a request may ask for, of a vocabulary of any size, beside the most copies."""
     for vocab_size in (10, 1000, 200_000):
         every = np.arange(vocab_size)
         edits = Edits(every, [every, every], every, every, every, every, bits=np.zeros(-(-vocab_size // 8), np.uint8))
-        assert edits.num_words <= max_words(vocab_size)
+        assert edits.num_words + 2 * MAX_COPIES <= max_words(vocab_size)
