@@ -15,7 +15,9 @@
 #
 # Dil modeli her seferinde bir token üretir. Gördüğü her token için her katman bir **anahtar** (key) ve bir **değer**
 # (value) vektörü saklar; çünkü sonraki tokenların hepsi bunlara bakacaktır. Bu depoya **KV önbelleği** (KV cache)
-# denir. Token başına ve katman başına bir kayıt büyür, üstelik bir metnin ne kadar uzayacağını kimse önceden bilmez.
+# denir.
+# Depo, her tokenla birlikte her katmanda bir kayıt uzar; üstelik bir metnin ne kadar uzayacağını kimse önceden
+# bilmez.
 
 # %%
 from minipaged.model.loader import load_model
@@ -48,9 +50,9 @@ assert llama_3_8b * 8192 == 2**30
 # ## İlk akla gelen çözüm
 #
 # İlk akla gelen, her dizi için istek geldiğinde `[max_model_len, ...]` boyutunda bir NumPy dizisi ayırmaktır; sonuçta
-# metin o kadar uzayabilir. Motorumuz bu zamanlayıcıyı (scheduler) karşılaştırma için `"static"` adıyla hâlâ
-# barındırır. 16 tokenlık 64 blok üzerinde üç istek çalıştıralım. Her biri 256 tokena kadar uzayabileceği için her
-# biri 16 blok ayırtır. Bunların ne kadarı dolu, bakın:
+# metin o kadar uzayabilir. Motorumuz böyle çalışan bir zamanlayıcıyı (scheduler), karşılaştırma yapılabilsin diye
+# `"static"` adıyla hâlâ barındırır. 16 tokenlık 64 blok üzerinde üç istek çalıştıralım. Her biri 256 tokena kadar
+# uzayabileceği için her biri 16 blok ayırtır. Bunların ne kadarı dolu, bakın:
 
 # %%
 from minipaged.view import draw_blocks

@@ -108,8 +108,8 @@ assert leaked == 95
 # - For each sequence keep the list of its block ids in the order of its tokens. Then token *p* lies in block number
 #   `p // block_size` of that list.
 # %% [markdown] tr
-# İstek reddedildi ama geri vermeyeceği 95 blok hâlâ onda. Başarısız olan bir çağrı hiçbir şeyi değiştirmemelidir:
-# **ya hep ya hiç** (all or nothing), motorun yasalarından biridir.
+# İstek reddedildi, ama 95 blok hâlâ onda ve kimse bunları geri vermeyecek. Başarısız olan bir çağrı hiçbir şeyi
+# değiştirmemelidir: **ya hep ya hiç** (all or nothing), motorun yasalarından biridir.
 #
 # ## Yeni çözüm
 #

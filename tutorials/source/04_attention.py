@@ -113,8 +113,9 @@ assert np.allclose(attend_repeated(q, k, v)[:, 5], p @ v[:, 1], atol=1e-6)
 #
 # ## Yeni çözüm
 #
-# Bunun yerine sorguya bir grup ekseni ekleyin, `[T, NUM_KV_HEADS, group, D]`, ve çarpımı grup boyunca yayın
-# (broadcast). K ile V olduğu gibi kalır. `h` numaralı sorgu başı, `h // group` numaralı KV başına aittir.
+# Bunun yerine sorguya bir grup ekseni ekleyin, `[T, NUM_KV_HEADS, group, D]`, ve çarpımın grup ekseni boyunca
+# yayılmasını (broadcast) sağlayın. K ile V olduğu gibi kalır. `h` numaralı sorgu başı, `h // group` numaralı KV
+# başını kullanır.
 
 # %% [exercise] attend
 def attend(q, k, v):

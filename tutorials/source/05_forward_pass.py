@@ -55,8 +55,9 @@ assert len(example["prompt_ids"]) == 31 and config.num_layers == 4
 # Since everything is added up in one stream, we can stop after any layer and ask the head what it would say by then.
 # Watch the model make up its mind about a character's name (green: what it says in the end):
 # %% [markdown] tr
-# Her şey tek bir akışta toplandığı için istediğimiz katmandan sonra durup başa (lm_head) o ana kadar ne diyeceğini
-# sorabiliriz. Modelin bir karakterin adına nasıl karar verdiğini izleyin (yeşil: en sonunda söylediği):
+# Her şey tek bir akışta toplandığı için istediğimiz katmandan sonra durup çıkış başına (lm_head), o ana kadarki akışa
+# bakarak ne diyeceğini sorabiliriz. Modelin bir karakterin adına nasıl karar verdiğini izleyin (yeşil: en sonunda
+# söylediği):
 
 # %%
 text = "KING RICHARD III:\nNow is the winter of our discontent"

@@ -55,8 +55,8 @@ assert (len(logits), kept, len(logits) - kept) == (1024, 52, 972)
 #
 # One random generator for the engine, and every request that needs a token draws from it:
 # %% [markdown] tr
-# Olasılığın %90'ı 52 tokenda toplanıyor. Kalan 972 token kuyruktur: Her biri tek başına olası değildir ama hepsi
-# birlikte on kezde bir çekilir ve tek bir saçma token devamını da bozar. Bu yüzden kuyruk kesilir: **top-k** en olası
+# Olasılığın %90'ı 52 tokenda toplanıyor. Kalan 972 token kuyruktur: Tek tek hiçbiri olası değildir, ama hepsi
+# birlikte on kezde bir çekilir ve tek bir saçma token, devamını da bozar. Bu yüzden kuyruk kesilir: **top-k** en olası
 # k tokenı tutar; **top-p** ise olasılığı p'ye ulaşan en küçük olası tokenlar kümesini.
 #
 # ## İlk akla gelen çözüm

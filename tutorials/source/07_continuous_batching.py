@@ -14,7 +14,7 @@
 # adım adım zamanlamak. Yaklaşık 10 dakika.
 #
 # Modelin bir adımı, ister tek bir dizi için ister birçok dizi için olsun, bütün ağırlıkları bir kez okur. Bu yüzden
-# diziler bir arada, bir **yığın** (batch) hâlinde hesaplanır; her adım her birine bir token verir. Bu adımın sorusu
+# diziler bir arada, bir **yığın** (batch) hâlinde hesaplanır; her adım her birine bir token verir. Bu bölümün sorusu
 # şu: Yığında kim var ve bu ne zaman değişebilir?
 
 # %%

@@ -79,8 +79,9 @@ assert got == 1
 # There are no phases. Every request has tokens that are known and not yet computed: one, if it generates; many, if it
 # is at its prompt. Each step has a budget, `max_num_batched_tokens`:
 #
-# 1. every request that generates gets its one token; 2. what is left goes to the prompts, in the order of arrival, as
-# far as it reaches. A prompt may get a piece only: **chunked prefill**.
+# 1. every request that generates gets its one token;
+# 2. what is left goes to the prompts, in the order of arrival, as far as it reaches. A prompt may get a piece only:
+#    **chunked prefill**.
 # %% [markdown] tr
 # ## Sorun nerede?
 #
@@ -92,8 +93,9 @@ assert got == 1
 # Evre diye bir şey yok. Her isteğin bilinen ama henüz hesaplanmamış tokenları vardır: üretiyorsa bir, isteminde
 # ilerliyorsa birçok. Her adımın bir bütçesi vardır, `max_num_batched_tokens`:
 #
-# 1. üreten her istek bir tokenını alır; 2. kalan, geliş sırasıyla yettiği kadar istemlere gider. Bir istem yalnızca
-# bir parça alabilir: **parçalı ön doldurma** (chunked prefill).
+# 1. üreten her istek bir tokenını alır;
+# 2. kalan, geliş sırasıyla yettiği kadar istemlere gider. Bir istem yalnızca bir parça alabilir: **parçalı ön
+# doldurma** (chunked prefill).
 
 # %%
 def budgeted(num_steps, budget):
