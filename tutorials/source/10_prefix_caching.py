@@ -107,7 +107,7 @@ show(draw_blocks(engine), "all blocks are free, and the cached ones can still be
 # %% [markdown] en
 # 176 tokens instead of 848, and the same answers. In the picture nobody runs: every block is free, yet the published
 # ones can still be found. A hit takes such a block out of the middle of the free queue; if memory runs short first,
-# the least recently used of them is evicted.
+# the least recently used of them gives way (**eviction**).
 #
 # ## Exercise: the longest hit
 #
@@ -117,7 +117,7 @@ show(draw_blocks(engine), "all blocks are free, and the cached ones can still be
 # %% [markdown] tr
 # 848 yerine 176 token ve aynı yanıtlar. Resimde çalışan kimse yok: bütün bloklar boş, ama yayımlanmış (published)
 # olanlar hâlâ bulunabiliyor. İsabet (hit) olduğunda böyle bir blok boş blok kuyruğunun ortasından alınır; bellek daha
-# önce tükenirse en uzun süredir kullanılmayan blok tahliye edilir (eviction).
+# önce tükenirse en uzun süredir kullanılmayan blok yerini bırakır; buna **tahliye** (eviction) denir.
 #
 # ## Alıştırma: en uzun isabet
 #

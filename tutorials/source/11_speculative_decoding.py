@@ -77,7 +77,7 @@ assert together < in_turn
 
 # %% [markdown] tr
 # Sekiz tokenı birlikte hesaplamak, tek tek hesaplamaktan ucuz. Ama 5. tokenı hesaplamak için 4. tokenı bilmemiz
-# gerekir, o da henüz yok. Meğerki **tahmin edelim**.
+# gerekir, o da henüz yok. Tek çare var: **tahmin etmek**.
 #
 # ## Yeni çözüm: tahmin et, hepsini birden hesapla, doğru çıkanları tut
 #

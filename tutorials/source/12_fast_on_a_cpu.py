@@ -19,7 +19,7 @@ import time
 import numpy as np
 
 from minipaged import Engine, EngineConfig, SamplingParams
-from minipaged.backends import examine
+from minipaged.backends import examine, set_num_threads
 from minipaged.bench.bandwidth import read_bandwidth
 from tutorials.course import check, show
 
@@ -53,6 +53,9 @@ from tutorials.course import check, show
 
 # %% [varies]
 bandwidth = read_bandwidth(1, array_bytes=128 << 20, passes=3)
+
+
+set_num_threads(1)
 
 
 def peak_rate(size=512):
@@ -127,7 +130,8 @@ assert turning_point > 0
 # ## Exercise: int8 weights, one scale a row
 #
 # Replace each row of a weight matrix by small integers and one scale: `w[i, j] ≈ scale[i] * q[i, j]`. Each row of `W`
-# makes one output, so a row's scale can be multiplied in after the product of integers.
+# makes one output, so a row's scale can be multiplied in after the product of integers. This is called
+# **quantisation**.
 
 # %% [markdown] tr
 # Yığınlamanın (adım 07) ve spekülasyonun (adım 11) az sayıda token için neredeyse bedava olması da, tek kullanıcının

@@ -19,14 +19,14 @@
 # 'minipaged[cuda]' greenlet`. `tutorials` eki ikisini de getirir.
 
 # %%
+import importlib.util
+
 import numpy as np
 
-try:
-    import cuda.bindings.nvvm  # noqa: F401
-    import greenlet  # noqa: F401
-    from numba import cuda
-except ImportError as error:
-    raise ImportError(f"{error.name} is missing: pip install 'minipaged[cuda]' greenlet (no GPU needed)") from error
+if missing := [name for name in ("numba_cuda", "cuda", "greenlet") if importlib.util.find_spec(name) is None]:
+    raise ImportError(f"missing: {', '.join(missing)}; pip install 'minipaged[cuda]' greenlet (no GPU needed)")
+
+from numba import cuda
 
 from cuda_kernels.kernel import Kernel, float32, int32, pointer
 from cuda_kernels.toolchain import simulator
@@ -79,11 +79,12 @@ assert (out == x + y).all()
 
 # %% [markdown] tr
 # Bu, **benzeticiydi** (simulator): her iş parçacığı yazdığınız Python'ı çalıştırır; içinde `print` de hata ayıklayıcı
-# da iş görür. İkinci araç daha serttir. Çekirdeği, sürücünün yükleyeceği çevirici dili olan **PTX**'e derler, tam da
+# da iş görür. İkinci araç daha titizdir. Çekirdeği, sürücünün yükleyeceği çevirici dili olan **PTX**'e derler, tam da
 # bu komutları **yorumlar** ve bu sırada her erişimi izler:
 
 # %%
-print("in PTX:", [" ".join(line.split()) for line in compile_ptx(add_kernel, (8, 0)).splitlines() if ".f32" in line])
+lines = [" ".join(line.split()) for line in compile_ptx(add_kernel, (8, 0)).splitlines()]
+print("in PTX:", *[line for line in lines if line.startswith(("ld.global", "add.f32", "add.rn.f32", "st.global"))])
 out[:] = 0
 counters = run(add_kernel, 4, [x, y, out, 100])
 assert (out == x + y).all()
@@ -112,8 +113,8 @@ assert message.startswith("out of bounds: block (3, 0, 0) thread 4: read of 4 by
 # on.
 
 # %% [markdown] tr
-# Sınır denetimi olmayınca 3. bloğun 4. iş parçacığı, 100 öğenin 100. indisini okuyor. Gerçek bir kart herhangi bir
-# şey döndürebilirdi.
+# Sınır denetimi olmayınca 3. bloğun 4. iş parçacığı, 100 öğelik dizinin 100 numaralı öğesini okuyor. Gerçek bir kart
+# herhangi bir şey döndürebilirdi.
 #
 # ## Naif çözüm: her iş parçacığına bir parça
 #

@@ -6,7 +6,7 @@
 # as there `pip install 'minipaged[cuda]' greenlet`, but no GPU.
 
 # %% [markdown] tr
-# # 14 · CUDA'da sayfalı dikkat: naiften bölünmüş bağlama
+# # 14 · CUDA'da sayfalı dikkat: naif çözümden bölünmüş bağlama
 #
 # **Amaç.** Tek bir yeni tokenın sayfalı önbellek üzerindeki aynı dikkati (attention) için üç çekirdek: önce doğru,
 # sonra birleştirilmiş erişimli, en sonunda da bir karta yetecek kadar koşut iş çıkaran. Yaklaşık 15 dakika. Önkoşul:
@@ -14,16 +14,15 @@
 # gerekmez.
 
 # %%
+import importlib.util
 import math
 
 import numpy as np
 
-try:
-    import cuda.bindings.nvvm  # noqa: F401
-    import greenlet  # noqa: F401
-    from numba import cuda
-except ImportError as error:
-    raise ImportError(f"{error.name} is missing: pip install 'minipaged[cuda]' greenlet (no GPU needed)") from error
+if missing := [name for name in ("numba_cuda", "cuda", "greenlet") if importlib.util.find_spec(name) is None]:
+    raise ImportError(f"missing: {', '.join(missing)}; pip install 'minipaged[cuda]' greenlet (no GPU needed)")
+
+from numba import cuda
 
 from cuda_kernels import attention_plain
 from cuda_kernels.kernel import Kernel, float32, int32, pointer
@@ -87,9 +86,9 @@ expected = dense_attention()
 # %% [markdown] tr
 # ## Naif çözüm: her başa bir iş parçacığı
 #
-# Softmax *çevrimiçi* (online) hesaplanıyor: bir güncel en büyük değer, bir güncel toplam tutulur; daha büyük bir skor
-# geldiğinde o güne dek birikenler küçültülür. Böylece anahtarların üzerinden tek geçiş yeter, bağlam uzunluğunda
-# hiçbir şey saklamak gerekmez.
+# Softmax *çevrimiçi* (online) hesaplanıyor: o ana kadarki en büyük değer ile o ana kadarki toplam tutulur; daha büyük
+# bir skor geldiğinde o güne dek birikenler küçültülür. Böylece anahtarların üzerinden tek geçiş yeter, bağlam
+# uzunluğunda hiçbir şey saklamak gerekmez.
 
 # %%
 def naive(q, k_cache, v_cache, table, out, context, scale):

@@ -13,14 +13,14 @@
 # 'minipaged[cuda]' greenlet`, ama GPU gerekmez.
 
 # %%
+import importlib.util
+
 import numpy as np
 
-try:
-    import cuda.bindings.nvvm  # noqa: F401
-    import greenlet  # noqa: F401
-    from numba import cuda
-except ImportError as error:
-    raise ImportError(f"{error.name} is missing: pip install 'minipaged[cuda]' greenlet (no GPU needed)") from error
+if missing := [name for name in ("numba_cuda", "cuda", "greenlet") if importlib.util.find_spec(name) is None]:
+    raise ImportError(f"missing: {', '.join(missing)}; pip install 'minipaged[cuda]' greenlet (no GPU needed)")
+
+from numba import cuda
 
 from cuda_kernels.intrinsics import half_to_f32, ldg128, mma_m16n8k16_f16
 from cuda_kernels.kernel import Kernel, float32, int32, pointer, uint16, uint32
@@ -73,8 +73,9 @@ print("instructions by warps:", naive_instructions)
 # ## New: the warp multiplies matrices
 #
 # A **tensor core** executes `mma.m16n8k16`: a warp's 32 lanes together compute `C[16, 8] += A[16, 16] @ B[16, 8]`. No
-# lane holds a matrix. Each holds a few words of it, two float16 a word, in a fixed order. Here is who holds what of
-# `A`: each cell is a pair of neighbouring columns, the number is the lane, the colour is the word (0 to 3).
+# lane holds a matrix. Each holds a few words of it, its **fragment**, two float16 a word, in a fixed order. Here is
+# who holds what of `A`: each cell is a pair of neighbouring columns, the number is the lane, the colour is the word
+# (0 to 3).
 
 # %% [markdown] tr
 # 16.384 çarpma binlerce komut tutuyor: yüklemeler, dönüştürmeler, döngü sayaçları ve her iş parçacığıyla her sütun
@@ -83,20 +84,20 @@ print("instructions by warps:", naive_instructions)
 # ## Yeni çözüm: matrisleri warp çarpar
 #
 # **Tensör çekirdeği** (tensor core) `mma.m16n8k16` komutunu yürütür: warp'ın 32 şeridi (lane) birlikte `C[16, 8] +=
-# A[16, 16] @ B[16, 8]` işlemini yapar. Hiçbir şerit bir matrisin bütününü tutmaz; her birinde, değişmez bir sıraya
-# göre dizilmiş birkaç sözcük (word) durur, her sözcükte iki float16 vardır. `A`'nın neresini kimin tuttuğu aşağıda:
-# her hücre komşu iki sütundur, sayı şeridi, renk de sözcüğü (0'dan 3'e) gösterir.
+# A[16, 16] @ B[16, 8]` işlemini yapar. Hiçbir şerit bir matrisin bütününü tutmaz; her birinde onun bir **parçası**
+# (fragment), değişmez bir sıraya göre dizilmiş birkaç sözcük (word) durur, her sözcükte iki float16 vardır. `A`'nın
+# neresini kimin tuttuğu aşağıda: her hücre komşu iki sütundur, sayı şeridi, renk de sözcüğü (0'dan 3'e) gösterir.
 
 # %%
 def draw_fragment():
     colors = ("#8ecae6", "#ffd166", "#95d5b2", "#f4a6a6")
-    cells = []
+    cells, font = [], 'font-family="sans-serif"'
     for lane in range(32):
         for word in range(4):
             row, column = place(lane, word)
             left, top = 22 * column, 20 * row
             cells.append(f'<rect x="{left}" y="{top}" width="43" height="19" fill="{colors[word]}"/>')
-            cells.append(f'<text x="{left + 22}" y="{top + 14}" text-anchor="middle" font-size="12">{lane}</text>')
+            cells.append(f'<text x="{left + 22}" y="{top + 14}" text-anchor="middle" font-size="12" {font}>{lane}</text>')
     size = 'width="352" height="320" viewBox="0 0 352 320"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{"".join(cells)}</svg>'
 
@@ -105,6 +106,7 @@ show(draw_fragment(), "lane 4g + t holds rows g and g + 8, columns 2t, 2t + 1, 2
 assert place(5, 0) == (1, 2) and place(5, 1) == (9, 2) and place(5, 2) == (1, 10)
 
 
+# %%
 def natural(x, w, out, row_words):
     """x and w as words of two float16; both in their natural order, row after row."""
     g, t = cuda.threadIdx.x // 4, cuda.threadIdx.x % 4

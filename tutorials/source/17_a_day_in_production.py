@@ -1,15 +1,15 @@
 # %% [markdown] en
 # # 17 · A day in production
 #
-# **Goal.** Watch an engine that gets more work than it can hold: an urgent request overtakes, a user goes away, three
+# **Goal.** Watch an engine that gets more work than it can hold: an urgent request overtakes, two users go away, four
 # requests are nonsense. Read from its statistics what happens, and what to change. About 15 minutes. You need steps
 # 07 and 08 (batching, preemption) and 10 (prefix cache).
 
 # %% [markdown] tr
 # # 17 · Üretimde bir gün
 #
-# **Amaç.** Taşıyabileceğinden fazla iş alan bir motoru izlemek: acil bir istek öne geçiyor, bir kullanıcı vazgeçiyor,
-# üç istek de saçma. Olan biteni ve neyin değiştirilmesi gerektiğini istatistiklerinden okumak. Yaklaşık 15 dakika.
+# **Amaç.** Taşıyabileceğinden fazla iş alan bir motoru izlemek: acil bir istek öne geçiyor, iki kullanıcı vazgeçiyor,
+# dört istek de saçma. Olan biteni ve neyin değiştirilmesi gerektiğini istatistiklerinden okumak. Yaklaşık 15 dakika.
 # Önkoşul: 07 ve 08 (yığınlama, askıya alma) ile 10 (önek önbelleği).
 
 # %%
@@ -41,7 +41,7 @@ assert needed == 68
 # steps an **urgent** request arrives: a person waits in front of a screen, the others are a nightly job.
 
 # %% [markdown] tr
-# ## Aşırı yük: ilk gelen ilk alır
+# ## Aşırı yük: ilk gelen ilk hizmeti alır
 #
 # On iki istek birden geliyor; havuzun alabileceğinin neredeyse üç katı. Motor bu durumda ne çökmeli ne de kimseyi aç
 # bırakmalı: sığmayan bekler; çalışırken blok bulamayan, en son geleni askıya alır (preemption). 8 adım sonra **acil**
@@ -99,8 +99,8 @@ show(draw_timeline(trace), "requests join and leave the batch; the urgent one co
 #
 # ## Yeni çözüm: öncelikler
 #
-# `policy="priority"` ile küçük sayı önce çalışır. Yer yoksa, kesinlikle daha az acil olan bir istek askıya alınır;
-# tokenları kaybolmaz, yalnızca sonra yeniden hesaplanır.
+# `policy="priority"` ile küçük sayı önce çalışır. Yer yoksa, ondan daha az acil bir istek askıya alınır; tokenları
+# kaybolmaz, yalnızca sonra yeniden hesaplanır.
 
 # %%
 first_token, history, finished, trace = run_day("priority", cancel=["night-3", "night-11"])
@@ -116,7 +116,7 @@ assert history[-1].num_blocks_used == 0  # whoever was cancelled left nothing be
 show(draw_timeline(trace), "the urgent request starts at once; two requests end early")
 
 # %%
-fullest = max(range(len(trace)), key=lambda step: history[step].num_blocks_used)
+fullest = max(range(len(trace)), key=lambda step: history[step + 1].num_blocks_used)
 show(draw_blocks(trace.at(fullest)), "the fullest moment of the day")
 
 # %% [markdown] en
@@ -309,7 +309,7 @@ def between(before, after):  # never idle
 # The same kind of numbers for our day with priorities, every 20 steps:
 
 # %% [markdown] tr
-# ## Bir işletmenin gözünden gün
+# ## Gün, sistem yöneticisinin gözünden
 #
 # Öncelikli günümüzün aynı türden sayıları, 20 adımda bir:
 
