@@ -10,22 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from minipaged import LLM, SamplingParams
 from minipaged.cli import config
 from minipaged.errors import BackendUnavailableError
+from tests.support.capi import answers
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "capi" / "examples"
 PROGRAMS = Path(__file__).parent / "programs"
 PROMPT = "Where is the king?"
-GREEDY = SamplingParams(temperature=0, max_tokens=40)
-
-
-def answers(model: str, prompts: list[str], max_tokens: int) -> list[str]:
-    """What Python gives for what the examples ask (with the same defaults: device "auto")."""
-    with LLM(model) as llm:
-        params = llm.default_sampling_params().clone(temperature=0, max_tokens=max_tokens)
-        return [output.outputs[0].text for output in llm.generate(prompts, params)]
 
 
 @pytest.fixture(scope="module")

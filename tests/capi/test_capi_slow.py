@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from minipaged import LLM, SamplingParams
-from tests.support.capi import EXAMPLES, PROGRAMS, ROOT, Build
+from tests.support.capi import EXAMPLES, PROGRAMS, ROOT, Build, answers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent
@@ -132,25 +133,49 @@ def test_a_fresh_environment(tmp_path):
     flags = subprocess.run(
         [command, "config", "--cflags", "--libs"], check=True, capture_output=True, text=True
     ).stdout.split()
-    for name in ("hello", "chat", "many_threads", "server_loop"):
-        program = tmp_path / name
-        strict = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-pthread"]
-        subprocess.run(
-            ["cc", *strict, str(source / "capi" / "examples" / f"{name}.c"), *flags, "-o", str(program)], check=True
-        )
-        done = subprocess.run([program, "tiny"], env={}, input="ROMEO:\n", capture_output=True, text=True, cwd="/")
-        assert done.returncode == 0, done.stderr
+    strict = ["-pedantic", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    languages = {"c": ["cc", "-std=c99"], "cpp": ["c++", "-x", "c++", "-std=c++17"]}
+    models = {"tiny": {}}
+    if is_here("smollm2-135m"):
+        models["smollm2-135m"] = {name: os.environ[name] for name in KEPT if name in os.environ}
+    prompt = "Where is the king?"
+    for (language, compiler), name in itertools.product(
+        languages.items(), ("hello", "chat", "many_threads", "server_loop")
+    ):
+        program = tmp_path / f"{name}_{language}"
+        example = source / "capi" / "examples" / f"{name}.c"
+        subprocess.run([*compiler, *strict, str(example), "-x", "none", *flags, "-o", str(program)], check=True)
+        for model, environment in models.items():
+            few = ["4", "1"] if name == "many_threads" else []
+            done = subprocess.run(
+                [program, model, *few], env=environment, input=f"{prompt}\n", capture_output=True, text=True, cwd="/"
+            )
+            assert done.returncode == 0, f"{name} {model}: {done.stderr}"
+            if name == "hello":
+                assert done.stdout == f"{prompt}{answers(model, [prompt], 40)[0]}\n"
+            elif name == "server_loop":
+                lines = re.findall(r"^\[0\] (.*?)(?=\n\[0\] |\n1 requests served)", done.stdout, re.M | re.S)
+                assert "".join(lines) == answers(model, [prompt], 24)[0]
+
+
+KEPT = ("HOME", "MINIPAGED_HOME", "XDG_CACHE_HOME")  # where a model that was pulled may be
+
+
+def is_here(model: str) -> bool:
+    from minipaged.model import catalog
+
+    try:
+        catalog.resolve(model)
+    except Exception:
+        return False
+    return True
 
 
 @pytest.fixture(scope="module")
 def timing(build):
     """The timing program with SmolLM2, as a function of a command."""
-    from minipaged.model import catalog
-
-    try:
-        catalog.resolve("smollm2-135m")
-    except Exception as error:
-        pytest.skip(f"the model is not here: {error}")
+    if not is_here("smollm2-135m"):
+        pytest.skip("the model is not here; minipaged pull smollm2-135m")
     program = build.compile(PROGRAMS / "timing.c", "-O2")
     process = subprocess.Popen([program, "smollm2-135m"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 

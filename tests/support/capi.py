@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import cffi
 import pytest
 
+from minipaged import LLM
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "capi"))
 
@@ -203,3 +205,10 @@ def wait_until(condition, seconds: float = 20):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)
+
+
+def answers(model: str, prompts: list[str], max_tokens: int) -> list[str]:
+    """What Python gives for what the examples ask (with the same defaults: device "auto")."""
+    with LLM(model) as llm:
+        params = llm.default_sampling_params().clone(temperature=0, max_tokens=max_tokens)
+        return [output.outputs[0].text for output in llm.generate(prompts, params)]
