@@ -45,7 +45,12 @@ def _build(numbers: list[str]) -> int:
 
 def _check(number: str, path: Path | None) -> int:
     step = read_step(find_source(number))
-    results = list(run_learner(step, path or notebook.notebook_path(step, "en")))
+    path = path or notebook.notebook_path(step, "en")
+    try:
+        results = list(run_learner(step, path))
+    except (SyntaxError, AssertionError, NameError, TypeError, ValueError) as error:
+        print(f"error: {path}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     print("\n".join(map(str, results)) or "there is nothing to check in this step.")
     return 0 if all(result.outcome == "solved" for result in results) else 1
 

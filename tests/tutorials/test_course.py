@@ -1,6 +1,8 @@
 """The checks explain themselves, and the command line tells what a learner has solved."""
 
 import json
+import re
+import sys
 
 import pytest
 
@@ -70,6 +72,24 @@ def test_the_command_line_checks_answers(tmp_path, capsys, kind):
 def test_an_unknown_step_is_named(capsys):
     assert main(["check", "99"]) == 2
     assert "there is no step 99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text, message", [("def Allocator(:", "SyntaxError"), ("x = 1", "NameError: .*Allocator")])
+def test_a_file_that_cannot_be_checked_is_named(tmp_path, capsys, text, message):
+    path = tmp_path / "answers.py"
+    path.write_text(text)
+    assert main(["check", "02", str(path)]) == 2
+    assert re.search(f"error: .*answers.py: {message}", capsys.readouterr().err)
+
+
+def test_the_first_cell_finds_the_course_around_the_notebook(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="minipaged's folder is not in .* clone the repository there, or upload it"):
+        exec(notebook.SETUP, {})
+    (tmp_path / "minipaged-main" / "tutorials" / "course").mkdir(parents=True)
+    exec(notebook.SETUP, {})
+    assert sys.path[-1] == str(tmp_path / "minipaged-main")
 
 
 def test_a_check_cell_that_checks_nothing_is_seen():
