@@ -31,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--small", action="store_true", help="small odd sizes instead of SmolLM2's")
     command("ptx", "print what the compiler makes of a kernel", 1)
     command("sass", "registers, spills, occupancy and instructions of the machine code", "*")
-    command("predict", "predicted times on a T4, an A100 and an H100, from the bytes they move", "*")
+    predict = command("predict", "predicted times on a T4, an A100 and an H100, from the bytes they move", "*")
+    predict.add_argument("--model", choices=("smollm2-135m", "llama-8b"), default="smollm2-135m", help="whose sizes")
     mutate = command("mutate", "break kernels one place at a time; list what nobody notices", "*")
     mutate.add_argument("--sort", choices=("order", "guard"), action="append", help="which mutants (both)")
     return parser
@@ -89,16 +90,17 @@ def _sass(names, options) -> int:
         made = report(example(name, SMOLLM2, options.cc).kernel, options.cc)
         figures = f"{made.assembled.registers:>9} {made.spills:>7} {made.shared_bytes:>7} {made.blocks_per_sm:>10}"
         print(f"{name:<24} {figures}  {', '.join(sorted(made.features))}")
-        for complaint in made.complaints(wanted_features(name, options.cc)):
+        for complaint in made.complaints(wanted_features(made.kernel, options.cc)):
             complaints += 1
             print(f"    {complaint}")
     return 1 if complaints else 0
 
 
 def _predict(names, options) -> int:
+    from cuda_kernels.toolchain.examples import MODELS
     from cuda_kernels.toolchain.profile import prediction_table
 
-    for line in prediction_table(names, cc=options.cc):
+    for line in prediction_table(names, MODELS[options.model], options.cc):
         print(line, flush=True)
     return 0
 

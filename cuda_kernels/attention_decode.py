@@ -68,6 +68,7 @@ def build(
     functions = tile_functions(num_kv_heads, group, head_dim, block_size, soft_cap, dtype, kv_dtype, cc, widest)
     find_keys, load_queries, score = functions.find_keys, functions.load_queries, functions.score
     softmax, weigh, store = functions.softmax, functions.weigh, storer(dtype)
+    weight_words = functions.weight_words
     query_words, width, blocks = functions.query_words, functions.value_width, functions.value_blocks
     piece = 8 * width  # values
     piece_values = rows * piece
@@ -105,7 +106,7 @@ def build(
         load_queries(queries, query_words, q, first_token, row, min(num_rows, row + rows), kv_head, THREADS)
 
         s = cuda.local.array(32, float32)
-        weights = cuda.local.array(16, uint32)
+        weights = cuda.local.array(weight_words, uint32)
         c = cuda.local.array(block_values, float32)
         totals = cuda.local.array(num_totals, float32)
         for i in range(num_totals):

@@ -12,8 +12,8 @@ so that the heads of a group read K and V once. A block has four warps of 16 row
     grid (n, Nkv, parts)     warp w -> rows first + 16 w ..+15      each: for every 64 keys: score, softmax,
                              block z -> part z of the head's values           weigh, fold
 
-Of a head of more than 128 values a warp accumulates one part: all would not fit into its registers. The scores
-are then computed once a part.
+Of a head of more than 128 values a warp accumulates one part of 64: all would not fit into its registers. The
+scores are then computed once a part.
 
 ``attention_tile.py`` has the arithmetic and its order. Where a context is longer than a chunk, the total over
 the chunks before waits in ``workspace``, a lane's values in the order in which it alone reads them back.
@@ -38,8 +38,11 @@ INFINITY = math.inf
 
 
 def head_parts(head_dim: int, kv_dtype: str) -> int:
-    """Into how many parts the values of a head are divided; int8 needs registers to become 16-bit."""
-    most = 64 if kv_dtype == "int8" else 128
+    """Into how many parts the values of a head are divided, so that nothing spills.
+
+    int8 needs registers to become 16-bit, and bfloat16 for its weights in two halves.
+    """
+    most = 64 if kv_dtype == "int8" or head_dim > 128 or (kv_dtype == "bfloat16" and head_dim % 64) else 128
     return next(parts for parts in range(1, 33) if head_dim % (8 * parts) == 0 and head_dim // parts <= most)
 
 
@@ -59,11 +62,14 @@ def build(
     """
     group = num_heads // num_kv_heads
     parts = head_parts(head_dim, kv_dtype)
-    most = 8 if head_dim <= 64 else 4 if head_dim <= 128 else 2  # accumulators leave a longer head few registers
+    most = 8 if head_dim <= 64 else 4  # accumulators leave a longer head few registers
+    if dtype == "bfloat16" and head_dim // parts > 64:
+        most = 2
     widest = next(width for width in (8, 4, 2, 1) if width <= most and head_dim // parts % (8 * width) == 0)
     functions = tile_functions(num_kv_heads, group, head_dim, block_size, soft_cap, dtype, kv_dtype, cc, widest)
     find_keys, load_queries, score = functions.find_keys, functions.load_queries, functions.score
     softmax, weigh, store = functions.softmax, functions.weigh, storer(dtype)
+    weight_words = functions.weight_words
     query_words, width, blocks = functions.query_words, functions.value_width, functions.value_blocks
     shared_query_words, shared_slots = WARPS * query_words, WARPS * KEYS
     scales_size = 2 * shared_slots if kv_dtype == "int8" else 1
@@ -99,7 +105,7 @@ def build(
         mine = (mine * WARPS + warp) * lane_values * 32 + lane
 
         s = cuda.local.array(32, float32)
-        weights = cuda.local.array(16, uint32)
+        weights = cuda.local.array(weight_words, uint32)
         c = cuda.local.array(block_values, float32)
         acc = cuda.local.array(lane_values, float32)
         total_m0 = total_m1 = float32(-INFINITY)

@@ -23,6 +23,9 @@ that it keeps apart. So a lane reads ``E`` neighbouring values, and these are ca
       words 0, 1 -> b0, b1 of mma 2 b        halves j of two keys, permuted into one word, -> b0 or b1
       words 2, 3 -> b0, b1 of mma 2 b + 1    of mma j: column g of C is d = 64 b + 8 g + j
 
+A bfloat16 keeps 8 bits, which are too few for P: a weight goes as two of them, rounded and what that leaves of it,
+and V is multiplied by both. float16 keeps 11: one is enough.
+
 K and V beyond a row's sight are some other token's of the same sequence, with weight 0.
 """
 
@@ -49,6 +52,7 @@ from cuda_kernels.intrinsics import (
     pack_bf16x2,
     pack_half2,
     sts32,
+    unpack_bf16x2,
 )
 from cuda_kernels.kernel import float32, int32, uint32
 from cuda_kernels.warp import FULL
@@ -65,8 +69,8 @@ LOG2_E = 1.4426950408889634
 class TileFunctions:
     """The device functions of one variant, and the sizes they were made for.
 
-    ``query_words``: uint32 of shared memory that the queries of 16 rows take. ``value_width``: E of V;
-    ``value_blocks``: pieces of ``8 E`` values that make up a head.
+    ``query_words``: uint32 of shared memory that the queries of 16 rows take; ``weight_words``: uint32 of a lane's
+    own that a tile's weights take. ``value_width``: E of V; ``value_blocks``: pieces of ``8 E`` values in a head.
     """
 
     find_keys: object
@@ -75,6 +79,7 @@ class TileFunctions:
     softmax: object
     weigh: object
     query_words: int
+    weight_words: int
     value_width: int
     value_blocks: int
 
@@ -115,6 +120,13 @@ def _mma_f16_sm75(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3):
     return mma_m16n8k8_f16(a2, a3, b1, c0, c1, c2, c3)
 
 
+@cuda.jit(device=True)
+def _pack_rest(x, y, packed):
+    """What the two bfloat16 of ``packed`` leave of ``x`` and ``y``, as bfloat16 in their turn."""
+    low, high = unpack_bf16x2(packed)
+    return pack_bf16x2(add_f32(x, -low), add_f32(y, -high))
+
+
 def _mma_of(dtype: str, cc):
     if dtype == "bfloat16":
         return mma_m16n8k16_bf16
@@ -141,6 +153,7 @@ def tile_functions(
     pack = pack_bf16x2 if dtype == "bfloat16" else pack_half2
     # The scales of int8's V: bfloat16 would round twice, and float16 has no range for small weights times scales.
     scale_weights = kv_dtype == "int8" and dtype == "bfloat16"
+    split_weights = dtype == "bfloat16"
     quantised, capped, cap = kv_dtype == "int8", soft_cap is not None, soft_cap or 1.0
     key_width = next(width for width in (8, 4, 2) if head_dim % (4 * width) == 0)
     value_width = next(width for width in (8, 4, 2, 1) if width <= widest and head_dim % (8 * width) == 0)
@@ -265,6 +278,9 @@ def tile_functions(
                 value_scale1 = scales[2 * first + KEYS + 8 * j + 2 * t + 1]
                 x0, x1, y0, y1 = x0 * value_scale0, x1 * value_scale1, y0 * value_scale0, y1 * value_scale1
             weights[2 * j], weights[2 * j + 1] = pack(x0, x1), pack(y0, y1)
+            if split_weights:
+                weights[16 + 2 * j] = _pack_rest(x0, x1, weights[2 * j])
+                weights[16 + 2 * j + 1] = _pack_rest(y0, y1, weights[2 * j + 1])
         l0 += cuda.shfl_xor_sync(FULL, l0, 1)
         l0 += cuda.shfl_xor_sync(FULL, l0, 2)
         l1 += cuda.shfl_xor_sync(FULL, l1, 1)
@@ -302,6 +318,12 @@ def tile_functions(
                     weights[4 * step], weights[4 * step + 1], weights[4 * step + 2], weights[4 * step + 3],
                     b0, b1, c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3],
                 )  # fmt: skip
+                if split_weights:
+                    at = 16 + 4 * step
+                    c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3] = mma(
+                        weights[at], weights[at + 1], weights[at + 2], weights[at + 3],
+                        b0, b1, c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3],
+                    )  # fmt: skip
 
     return TileFunctions(
         find_keys=find_keys,
@@ -310,6 +332,7 @@ def tile_functions(
         softmax=softmax,
         weigh=weigh,
         query_words=query_words,
+        weight_words=32 if split_weights else 16,
         value_width=value_width,
         value_blocks=head_dim // value_block,
     )

@@ -1,7 +1,7 @@
 """One representative launch of every kernel, for reports, for predictions and for the mutation sweep.
 
 ``SMALL`` has odd sizes and tails, so that every bounds check matters; ``SMOLLM2`` is one decode step of
-SmolLM2-135M, one request with a context of 1024 tokens.
+SmolLM2-135M, ``LLAMA_8B`` of Llama 3's 8B, one request with a context of 1024 tokens.
 """
 
 from __future__ import annotations
@@ -61,6 +61,8 @@ class Sizes:
 SMALL = Sizes(392, 40, 4, 2, 24, 301, 4, queries=(1, 3), contexts=(39, 70))
 LONG = Sizes(392, 40, 4, 2, 24, 301, 16, queries=(1, 1), contexts=(560, 1100))
 SMOLLM2 = Sizes(576, 1536, 9, 3, 64, 49152, 16, queries=(1,), contexts=(1024,))
+LLAMA_8B = Sizes(4096, 14336, 32, 8, 128, 128256, 16, queries=(1,), contexts=(1024,))
+MODELS = {"smollm2-135m": SMOLLM2, "llama-8b": LLAMA_8B}
 
 
 @dataclass
@@ -72,9 +74,9 @@ class Example:
     arguments: tuple
     must_move: int | None = None
 
-    def run(self, cc, checks: bool = True) -> Counters:
+    def run(self, cc, checks: bool = True, on_access=None) -> Counters:
         """On copies of the arrays, so that an example can be run again."""
-        return run(self.kernel, self.grid, self.fresh(), cc, checks)
+        return run(self.kernel, self.grid, self.fresh(), cc, checks, on_access=on_access)
 
     def fresh(self) -> list:
         return [each.copy() if isinstance(each, np.ndarray) else each for each in self.arguments]
@@ -261,8 +263,9 @@ def _attention_reduce(sizes: Sizes, cc, rng) -> Example:
 
 def _product(sizes: Sizes, cc, rng, weight: str, **options) -> Example:
     tokens, outputs = sizes.tokens, sizes.inner
-    width = 4 * sizes.hidden if sizes is SMALL else sizes.hidden  # several turns of the loop, the last not full
-    tiles = product.choose_tiles(tokens, outputs, weight)
+    small = sizes.hidden == SMALL.hidden  # then several turns of the loop, the last not full, nor its last chunk
+    width = 4 * sizes.hidden - 24 if small else sizes.hidden
+    tiles = product.choose_tiles(SMALL.tokens if small else tokens, outputs, weight)
     x = packing.to_bits("float16", _normal(rng, tokens, width))
     packed = packing.pack_fragments(weight, _normal(rng, outputs, width))
     kernel = product.build("float16", weight, cc=cc, row_tiles=tiles[0], token_tiles=tiles[1], bias=True, **options)

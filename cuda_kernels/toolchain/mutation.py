@@ -1,11 +1,11 @@
 """Breaks a kernel's PTX in one place at a time, to learn whether the checks would notice.
 
 Mutants of two sorts: an order is lost (a barrier, a ``cp.async`` wait or commit is deleted), or a guard is (a
-conditional branch, a predicated instruction or a selection always goes one way). Each is run on the kernel's
-example. A guard that already goes that way for every thread of the example is left out: the mutant is the same
-program there, and counts as *not exercised*. A mutant is *killed* by a fault of the interpreter or by a result
-that differs in any bit, and *survives* otherwise: those are listed with their reasons in
-``mutation_survivors.json``.
+conditional branch, a predicated instruction or a selection always goes one way). Each is run on the launches of
+``mutation_cases.py``, one after the other. Where a guard already goes that way for every thread, the mutant is the
+same program; one that is so in every launch counts as *not exercised*. A mutant is *killed* by a fault of the
+interpreter or by a result that differs in any bit, and *survives* otherwise: those are listed with their reasons
+in ``mutation_survivors.json``.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from cuda_kernels.toolchain.compile import compile_ptx
-from cuda_kernels.toolchain.examples import SMALL, Example, Sizes, example
+from cuda_kernels.toolchain.examples import Example
 from cuda_kernels.toolchain.interpreter import Counters, KernelFault, launch
 from cuda_kernels.toolchain.interpreter.program import parse
 from cuda_kernels.toolchain.memory import DeviceMemory
+from cuda_kernels.toolchain.mutation_cases import cases
 
 SURVIVORS = Path(__file__).with_name("mutation_survivors.json")
 STEPS = 40_000  # basic blocks; the examples need a tenth of it
@@ -115,12 +116,17 @@ def verdict(subject: Example, mutant: Mutant, expected: list[np.ndarray]) -> str
     return "survived" if same else "killed: another result"
 
 
-def sweep(
-    name: str, cc: tuple[int, int], sorts: tuple[str, ...] = ("order", "guard"), sizes: Sizes = SMALL
-) -> Iterator[tuple[Mutant, str]]:
+def sweep(name: str, cc: tuple[int, int], sorts: tuple[str, ...] = ("order", "guard")) -> Iterator[tuple[Mutant, str]]:
     """Every mutant of kernel ``name`` with its verdict."""
-    subject = example(name, sizes, cc)
-    ptx = compile_ptx(subject.kernel, cc)
-    expected, counters = execute(subject, ptx)
+    subjects = list(cases(name, cc))
+    ptx = compile_ptx(subjects[0].kernel, cc)
+    assert all(compile_ptx(subject.kernel, cc) == ptx for subject in subjects)
+    runs = [(subject, *execute(subject, ptx)) for subject in subjects]
     for mutant in mutants(ptx, sorts):
-        yield mutant, verdict(subject, mutant, expected) if exercised(mutant, counters) else "not exercised"
+        found = "not exercised"
+        for subject, expected, counters in runs:
+            if exercised(mutant, counters):
+                found = verdict(subject, mutant, expected)
+                if found != "survived":
+                    break
+        yield mutant, found

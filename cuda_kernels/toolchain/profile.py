@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from cuda_kernels.toolchain.compile import compile_ptx
 from cuda_kernels.toolchain.examples import EXAMPLES, SMALL, SMOLLM2, Example, Sizes, example
 from cuda_kernels.toolchain.interpreter import Counters
+from cuda_kernels.toolchain.interpreter.counters import SECTOR_BYTES
+from cuda_kernels.toolchain.memory import Allocation
 
 #: GB/s of memory bandwidth by the makers' data sheets (T4 16 GB; A100 SXM 40 GB; H100 SXM 80 GB).
 BANDWIDTH = {"T4": 320, "A100": 1555, "H100": 3350}
@@ -24,21 +28,41 @@ class Profile:
     cc: tuple[int, int]
     subject: Example
     counters: Counters
+    from_memory: int  # bytes in whole sectors, each sector once for its loads and once for its stores
 
     @property
-    def moved(self) -> int:
-        """Bytes to and from global memory, in whole sectors; without what caches would save."""
+    def requested(self) -> int:
+        """Bytes that warps ask L2 for, in whole sectors: what several blocks read counts for each of them."""
         return self.counters.load.sector_bytes + self.counters.store.sector_bytes
 
     @property
     def surplus(self) -> float | None:
-        """Bytes moved over bytes that must move."""
-        return self.moved / self.subject.must_move if self.subject.must_move else None
+        """Bytes that memory moves over bytes that must move."""
+        return self.from_memory / self.subject.must_move if self.subject.must_move else None
+
+
+class _Touched:
+    """Told of every access, the sectors of global memory that loads and stores have touched so far."""
+
+    def __init__(self) -> None:
+        self._sectors: dict[tuple[int, bool], np.ndarray] = {}
+
+    def __call__(self, accessor, access) -> None:
+        if isinstance(access.memory, Allocation):
+            key = access.memory.number, accessor.writes
+            if key not in self._sectors:
+                self._sectors[key] = np.zeros(access.memory.data.size // SECTOR_BYTES + 1, bool)
+            self._sectors[key][access.offsets // SECTOR_BYTES] = True
+
+    @property
+    def num_bytes(self) -> int:
+        return SECTOR_BYTES * sum(int(np.count_nonzero(sectors)) for sectors in self._sectors.values())
 
 
 def profile(name: str, cc: tuple[int, int] = (8, 0), sizes: Sizes = SMOLLM2) -> Profile:
-    subject = example(name, sizes, cc)
-    return Profile(name, cc, subject, subject.run(cc))
+    subject, touched = example(name, sizes, cc), _Touched()
+    counters = subject.run(cc, on_access=touched)
+    return Profile(name, cc, subject, counters, touched.num_bytes)
 
 
 def predicted_seconds(num_bytes: int, card: str) -> float:
@@ -66,7 +90,9 @@ def report_text(result: Profile) -> str:
         asked = f"{traffic.requests:>10,} {_bytes(traffic.bytes):>18}"
         lines.append(f"  {label:<20} {asked} {sectors:>27} {traffic.efficiency:>9.0%}")
     if subject.must_move:
-        lines.append(f"  must move {_bytes(subject.must_move)}; moves {result.surplus:.2f} times that (caches aside)")
+        lines.append(
+            f"  must move {_bytes(subject.must_move)}; memory moves {result.surplus:.2f} times that, each sector once"
+        )
     lines += [
         "",
         f"shared memory: {int(counters.wavefronts.sum()):,} wavefronts, {counters.bank_conflicts:,} for bank conflicts",
@@ -79,7 +105,7 @@ def report_text(result: Profile) -> str:
     if worst:
         lines += ["", "where sectors and wavefronts are wasted:"] + worst
     lines += ["", "predicted time if memory alone decided (bandwidth of the data sheet, 85% of it; no measurement):"]
-    lines += [f"  {card:<5} {1e6 * predicted_seconds(result.moved, card):8.1f} us" for card in BANDWIDTH]
+    lines += [f"  {card:<5} {1e6 * predicted_seconds(result.from_memory, card):8.1f} us" for card in BANDWIDTH]
     return "\n".join(lines)
 
 
@@ -128,15 +154,20 @@ def draw(result: Profile, path: str) -> None:
 
 
 def prediction_table(names=tuple(EXAMPLES), sizes: Sizes = SMOLLM2, cc: tuple[int, int] = (8, 0)) -> Iterator[str]:
-    """For each kernel that memory bounds, bytes and predicted microseconds: one decode step of SmolLM2-135M."""
+    """For each kernel that memory bounds, bytes and predicted microseconds: one decode step of ``sizes``.
+
+    ``memory``: bytes of whole sectors, each once; ``L2``: with those that several blocks read.
+    """
     cards = " ".join(f"{card + ' us':>8}" for card in BANDWIDTH)
-    yield "predicted, not measured: bytes moved, interpreted, over 85% of the data sheet's bandwidth; 2 us a launch"
-    yield f"{'kernel':<24} {'must move':>13} {'moves':>13}  {cards}"
+    yield "predicted, not measured: bytes from memory over 85% of the data sheet's bandwidth, and 2 us a launch"
+    yield f"{'kernel':<24} {'must move':>14} {'memory':>14} {'/ must':>6} {'L2 / must':>9}  {cards}"
     for name in names:
         if example(name, SMALL).must_move is not None:
             result = profile(name, cc, sizes)
-            times = " ".join(f"{1e6 * predicted_seconds(result.moved, card):>8.1f}" for card in BANDWIDTH)
-            yield f"{name:<24} {_bytes(result.subject.must_move):>13} {_bytes(result.moved):>13}  {times}"
+            must = result.subject.must_move
+            times = " ".join(f"{1e6 * predicted_seconds(result.from_memory, card):>8.1f}" for card in BANDWIDTH)
+            ratios = f"{result.surplus:>6.3f} {result.requested / must:>9.3f}"
+            yield f"{name:<24} {_bytes(must):>14} {_bytes(result.from_memory):>14} {ratios}  {times}"
 
 
 def ptx_of(name: str, cc: tuple[int, int], sizes: Sizes = SMOLLM2) -> str:

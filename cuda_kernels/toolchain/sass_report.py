@@ -99,11 +99,16 @@ def report(kernel: Kernel, cc: tuple[int, int]) -> Report:
     return Report(kernel, cc, assembled, opcodes, features)
 
 
-def wanted_features(name: str, cc: tuple[int, int]) -> frozenset[str]:
-    """What the machine code of example ``name`` must use on ``cc``."""
-    if name.startswith("product_") and name != "product_plain":
-        ampere = {"HMMA m16n8k16", "LDGSTS"} if cc >= (8, 0) else {"HMMA m16n8k8"}
-        return frozenset({"LDSM", "128-bit loads"} | ampere)
-    if name in ("attention_prefill", "attention_decode", "attention_decode_split"):
-        return frozenset({"HMMA m16n8k16" if cc >= (8, 0) else "HMMA m16n8k8"})
-    return frozenset({"128-bit loads", "128-bit stores"} if name == "copy_blocks" else ())
+def wanted_features(kernel: Kernel, cc: tuple[int, int]) -> frozenset[str]:
+    """What the machine code of ``kernel`` must use on ``cc``.
+
+    Products take x through shared memory (``cp.async`` where there is one, ``ldmatrix``). Attention takes its
+    operands from global memory to registers, so it has neither; int8's are 64 bits wide, 16-bit ones 128.
+    """
+    tensor_cores = "HMMA m16n8k16" if cc >= (8, 0) else "HMMA m16n8k8"
+    if kernel.name == "product":
+        return frozenset({tensor_cores, "LDSM", "128-bit loads"} | ({"LDGSTS"} if cc >= (8, 0) else set()))
+    if kernel.name in ("attention_prefill", "attention_decode"):
+        wide = kernel.variant["kv_dtype"] != "int8" and kernel.variant["head_dim"] % 32 == 0
+        return frozenset({tensor_cores} | ({"128-bit loads"} if wide else set()))
+    return frozenset({"128-bit loads", "128-bit stores"} if kernel.name == "copy_blocks" else ())

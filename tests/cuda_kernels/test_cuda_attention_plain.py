@@ -35,6 +35,7 @@ def attend(cc, step, heads, kv_heads, head_dim, block_size, dtype, kv_dtype, win
         ([(3, 40), (1, 100)], 8, 1, 40, 256, 30, None),
         ([(2, 65)], 3, 1, 256, 5, None, 20.0),
         ([(1, 300)], 2, 2, 128, 32, 17, None),
+        pytest.param([(1, 3000)], 6, 1, 64, 64, None, None, marks=pytest.mark.slow),
     ],
 )
 def test_agrees(cc, sequences, heads, kv_heads, head_dim, block_size, window, soft_cap):

@@ -11,8 +11,8 @@ from cuda_kernels import packing, product_plain
 from cuda_kernels.toolchain.interpreter import run
 from minipaged.ops.reference.activations import ACTIVATIONS
 from minipaged.ops.reference.linear import linear
+from tests.support.cuda_cases import assert_close
 
-TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 4e-3}  # bfloat16 itself rounds by 2^-8 at most
 NOTHING = np.zeros(1, np.int32)
 
 
@@ -116,10 +116,9 @@ def test_a_gated_product_activates_one_half_and_multiplies_the_other(out):
     bias = rng.standard_normal(18).astype(np.float32)
     for name, function in ACTIVATIONS.items():
         both = linear(x, packed.data, bias)
-        got = as_float32(out, product(x, packed, out=out, tokens=2, bias=bias, activation=name, gated=True))
-        check(got, function(both[:, :9]) * both[:, 9:], TOLERANCE[out])
-        got = as_float32(out, product(x, packed, out=out, bias=bias, activation=name))
-        check(got, function(both), TOLERANCE[out])
+        got = product(x, packed, out=out, tokens=2, bias=bias, activation=name, gated=True)
+        assert_close(got, function(both[:, :9]) * both[:, 9:], out, 1e-5)
+        assert_close(product(x, packed, out=out, bias=bias, activation=name), function(both), out, 1e-5)
 
 
 def test_the_residual_is_added_to():

@@ -1,4 +1,4 @@
-"""The machine code is what the kernels state, counters are what the shapes demand, and mutants do not survive."""
+"""PTX and its cache, counters are what the shapes demand, mutants do not survive, and the commands that show it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections import Counter
 
-import numpy as np
 import pytest
 
 for package in ("numba.cuda", "cuda.bindings.nvvm", "cuda.bindings.nvjitlink"):
@@ -20,14 +19,18 @@ from cuda_kernels.__main__ import main  # noqa: E402
 from cuda_kernels.kernel import Kernel, float32, int32, pointer  # noqa: E402
 from cuda_kernels.toolchain import ptx_cache  # noqa: E402
 from cuda_kernels.toolchain.compile import CompileError, assemble, compile_ptx, sass  # noqa: E402
-from cuda_kernels.toolchain.examples import EXAMPLES, SMOLLM2, example  # noqa: E402
+from cuda_kernels.toolchain.examples import EXAMPLES, example  # noqa: E402
 from cuda_kernels.toolchain.mutation import SURVIVORS, mutants, sweep  # noqa: E402
 from cuda_kernels.toolchain.profile import BANDWIDTH, predicted_seconds, profile  # noqa: E402
-from cuda_kernels.toolchain.sass_report import MULTIPROCESSORS, report, wanted_features  # noqa: E402
 
 ARCHITECTURES = [(7, 5), (8, 0), (9, 0)]
 QUICK = ("rms_norm", "rope_kv", "product_int8", "moe_sort", "argmax", "process_logits")
 EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in EXAMPLES]
+
+
+GUARDS_SLOW = ("rms_norm", "layer_norm", "rope_kv", "moe_route", "moe_sort", "moe_combine", "argmax")
+GUARDS_SLOW += ("product_plain", "product_float16", "product_int8", "product_int4")
+GUARDS_SLOW += ("attention_plain", "attention_decode", "attention_reduce")
 
 
 def build(factor=2, guarded=True, name="scale"):
@@ -80,24 +83,6 @@ def test_ptx_is_kept_by_what_it_depends_on(tmp_path, monkeypatch):
     assert compile_ptx(build(4), (8, 0)) == text
 
 
-@pytest.mark.parametrize("cc", ARCHITECTURES, ids=lambda cc: f"sm_{cc[0]}{cc[1]}")
-@pytest.mark.parametrize("name", EVERY)
-def test_machine_code_is_as_stated(name, cc):
-    """No spills, registers and occupancy as stated beside the kernel, and the card's own instructions in use."""
-    made = report(example(name, SMOLLM2, cc).kernel, cc)
-    assert not made.complaints(wanted_features(name, cc))
-
-
-def test_a_complaint_is_made():
-    kernel = example("argmax").kernel
-    worse = Kernel("argmax", kernel.body, kernel.signature, block=kernel.block, registers_at_most=8, blocks_per_sm=1)
-    complaints = report(worse, (8, 0)).complaints(frozenset({"LDSM"}))
-    assert [each.split()[0] for each in complaints] == ["uses", "has"]
-    crowded = Kernel("argmax", kernel.body, kernel.signature, block=kernel.block, shared_bytes=48 << 10)
-    assert report(crowded, (8, 0)).blocks_per_sm == 3
-    assert MULTIPROCESSORS[8, 0].shared_bytes == 164 << 10
-
-
 @pytest.mark.parametrize("name", EVERY)
 def test_examples_run_on_the_oldest_card(name):
     if name == "sample":
@@ -107,18 +92,21 @@ def test_examples_run_on_the_oldest_card(name):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["product_float16", "product_int8", "product_int4", pytest.param("attention_decode", marks=pytest.mark.slow)],
+    ("name", "requested"),
+    [
+        ("product_float16", 1.04),  # L2 is asked for a token's x by each block: few rows a block, many blocks
+        ("product_int8", 1.07),
+        ("product_int4", 1.12),
+        pytest.param("attention_decode", 1.01, marks=pytest.mark.slow),
+        pytest.param("attention_decode_split", 1.01, marks=pytest.mark.slow),
+    ],
 )
-def test_decode_moves_hardly_more_than_it_must(name):
-    """Of the weight and of K and V every byte moves once, in whole sectors."""
+def test_decode_moves_hardly_more_than_it_must(name, requested):
+    """In whole sectors, each of them once for all that read it."""
     result = profile(name, (8, 0))
-    big = max((each for each in result.subject.arguments if isinstance(each, np.ndarray)), key=lambda each: each.nbytes)
-    small = result.subject.must_move - big.nbytes * (2 if name == "attention_decode" else 1)
-    again = 0 if name == "attention_decode" else result.subject.arguments[0].nbytes * (result.subject.grid[0] - 1)
-    assert small < 0.2 * result.subject.must_move
-    assert result.moved - again <= 1.05 * result.subject.must_move  # each block reads the token's row, from L2
-    if name != "attention_decode":
+    assert 1 <= result.surplus <= 1.05
+    assert result.requested <= requested * result.subject.must_move
+    if name.startswith("product"):
         assert result.counters.bank_conflicts == 0
 
 
@@ -149,8 +137,7 @@ def test_lost_order_is_noticed(name):
 @pytest.mark.parametrize(
     "name",
     ["embedding", "activation", "soft_cap", "row_gather", "copy_blocks"]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("rms_norm", "layer_norm", "rope_kv", "moe_combine")]
-    + [pytest.param(name, marks=pytest.mark.slow) for name in ("argmax", "product_plain")],
+    + [pytest.param(name, marks=pytest.mark.slow) for name in GUARDS_SLOW],
 )
 def test_a_lost_guard_is_noticed(name):
     check_sweep(name, "guard")

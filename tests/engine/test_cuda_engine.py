@@ -48,18 +48,30 @@ def test_golden_tokens_of_the_draft(emulate):
     engine.close()
 
 
+def golden_tokens(engine, max_tokens: int) -> None:
+    """All prompts together; each has its golden tokens."""
+    ids = [engine.add_request(case["prompt_ids"], greedy(max_tokens)) for case in GOLDEN["prompts"]]
+    outputs = run_to_end(engine)
+    for request_id, case in zip(ids, GOLDEN["prompts"], strict=True):
+        assert outputs[request_id].outputs[0].token_ids == case["target"]["greedy_ids"][:max_tokens]
+
+
 @pytest.mark.slow
-def test_golden_tokens_whatever_happens(emulate):
-    """``tiny`` in float32: prompts together, in chunks, found in the prefix cache, preempted, in small blocks."""
+def test_golden_tokens_preempted(emulate):
+    """``tiny`` in float32, all golden tokens: prompts together, in chunks, in small blocks, with too few of them."""
     engine = cuda_engine("tiny", block_size=4, num_blocks=36, max_num_batched_tokens=24, max_num_seqs=4)
-    cases = GOLDEN["prompts"]
-    for _ in range(2):
-        ids = [engine.add_request(case["prompt_ids"], greedy(32)) for case in cases]
-        outputs = run_to_end(engine)
-        for request_id, case in zip(ids, cases, strict=True):
-            assert outputs[request_id].outputs[0].token_ids == case["target"]["greedy_ids"]
+    golden_tokens(engine, 32)
+    assert engine.stats().num_preemptions > 0
+    assert_all_blocks_back(engine)
+
+
+@pytest.mark.slow
+def test_golden_tokens_from_the_prefix_cache(emulate):
+    engine = cuda_engine("tiny", block_size=4, num_blocks=36, max_num_batched_tokens=24, max_num_seqs=4)
+    golden_tokens(engine, 1)
+    golden_tokens(engine, 4)
     stats = engine.stats()
-    assert stats.num_preemptions > 0 and stats.num_prompt_tokens_cached > 0
+    assert stats.num_prompt_tokens_cached > 0
     assert_all_blocks_back(engine)
 
 

@@ -11,8 +11,10 @@ for package in ("numba.cuda", "cuda.bindings.nvvm", "cuda.bindings.nvrtc"):
 from cuda_kernels.toolchain.interpreter import run  # noqa: E402
 
 CARDS = [(7, 5), (8, 0)]
+#: The error that a kernel may make before it rounds its result to the format, relative to the row's largest value.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-3}
-ULP = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}  # rounding of the result itself
+#: That last rounding, relative to the value: to nearest of 11 bits or of 8. (float32's is within the tolerance.)
+ROUNDING = {"float32": 0.0, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -46,12 +48,19 @@ def empty(shape, dtype: str) -> np.ndarray:
     return encode(np.full(shape, np.nan, np.float32), dtype)
 
 
-def assert_close(stored: np.ndarray, expected: np.ndarray, dtype: str, factor: float = 1.0) -> None:
-    """Each value within ``factor`` times the tolerance of ``dtype``, relative to its row's largest, plus rounding."""
+def assert_close(stored: np.ndarray, expected: np.ndarray, dtype: str, before: float | None = None) -> None:
+    """Each value is within ``before`` times its row's largest, plus one rounding to ``dtype``.
+
+    ``expected`` is what the reference operator computes in float32 from the very inputs of the kernel, rounded as
+    they are, and is not rounded itself. ``before``: the error before the last rounding; the tolerance of ``dtype``
+    if not given.
+    """
     found = decode(stored, dtype)
     expected = np.asarray(expected, np.float32)
     scale = np.abs(expected).max(axis=-1, keepdims=True, initial=1e-30)
-    limit = factor * TOLERANCE[dtype] * scale + 1.01 * ULP[dtype] * np.abs(expected)
+    before = TOLERANCE[dtype] if before is None else before
+    # What is rounded is the kernel's own value, which is ``before`` off.
+    limit = before * scale + ROUNDING[dtype] * (np.abs(expected) + before * scale)
     wrong = ~(np.abs(found - expected) <= limit)
     assert not wrong.any(), (
         f"{wrong.sum()} of {wrong.size} values differ, first at {np.argwhere(wrong)[0]}: "
