@@ -30,7 +30,7 @@ from tutorials.course import check, show
 # prompt is the same numbers again.
 
 # %% [markdown] tr
-# ## Naif çözüm: her örneğin kendi istemi
+# ## İlk akla gelen çözüm: her örneğin kendi istemi
 #
 # 40 tokenlık bir istem, her biri 16 tokenlık dört örnek, 16 tokenlık bloklar. Her örnek sıradan bir dizi sayılırsa
 # `ceil(56 / 16) = 4` blok alır, dördü birden 16 blok eder. İstem için tutulanların dörtte üçü de aynı sayıların

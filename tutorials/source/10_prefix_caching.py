@@ -44,7 +44,7 @@ def run(engine, token_ids, max_tokens=4, **options):
 # computes 106 tokens eight times.
 
 # %% [markdown] tr
-# ## Naif çözüm: her istemi ilk tokenından hesaplamak
+# ## İlk akla gelen çözüm: her istemi ilk tokenından hesaplamak
 #
 # Sekiz kullanıcı, 96 tokenlık aynı sistem isteminin ardından 10'ar tokenlık birer soru soruyor. Önbelleksiz motor
 # sekiz kez 106 token hesaplar.
@@ -88,7 +88,7 @@ assert stats.num_prompt_tokens_computed == 8 * 106 == 848
 # root ──▶ h0 = sha256(root, tokens[0:16]) ──▶ h1 = sha256(h0, tokens[16:32]) ──▶ …
 # ```
 #
-# Bunlar motorun kendi işlevleri. Aynı 16 token, farklı başlangıçlardan sonra farklı adlar alır:
+# Bunlar motorun kendi fonksiyonları. Aynı 16 token, farklı başlangıçlardan sonra farklı adlar alır:
 
 # %%
 block = tuple(range(100, 116))

@@ -28,7 +28,7 @@ OPTIONS = dict(device="reference", num_threads=1, num_blocks=32, block_size=16)
 # one step; generating 8 tokens is 8 steps.
 
 # %% [markdown] tr
-# ## Naif çözüm: bir adım, bir token
+# ## İlk akla gelen çözüm: bir adım, bir token
 #
 # Bir adım, ister bir token ister sekiz token hesaplasın, modelin bütün ağırlıklarını bir kez okur. Tek kullanıcı için
 # bu israftır: aritmetik birimler belleği bekler. Bunu özel bir araç olmadan da görebiliriz. Bir *istemin* 8 tokenını
@@ -224,7 +224,7 @@ show(draw_timeline(trace), "steps of one request; some give it several tokens")
 
 # %% [markdown] tr
 # Doğru çıkan her tahmin tam bir adım kazandırdı. Yöntem örneklemede de işler; çünkü motorun rastgele sayıları (tohum,
-# konum) ikilisinin bir işlevidir: model her konumda, zaten kullanacağı sayıyla çeker. Orada tahminler daha seyrek
+# konum) ikilisinin bir fonksiyonudur: model her konumda, zaten kullanacağı sayıyla çeker. Orada tahminler daha seyrek
 # tutar, çünkü örneklenen token çoğu zaman geçen sefer gelen token değildir.
 
 # %%

@@ -79,7 +79,7 @@ assert bandwidth > 1e8 and peak > 1e8
 # and it is slow: Python between operators, and four bytes a weight.
 
 # %% [markdown] tr
-# ## Naif çözüm: NumPy, float32, birbiri ardına işleçler
+# ## İlk akla gelen çözüm: NumPy, float32, birbiri ardına işleçler
 #
 # `reference` arka ucu (backend) budur: her işleç, okuyabileceğiniz bir NumPy satırıdır. Ötekilerin hepsi için yasa
 # odur, ama yavaştır: işleçlerin arasında Python, ağırlık başına dört bayt.
@@ -226,8 +226,8 @@ def quantize_rows(w):  # divides by zero
 # ## Yeni çözüm: tek parça derlenmiş adım
 #
 # `cpu` arka ucu ağırlıkları bir kez, okunacakları sırada paketler ve **adımın tamamını** (bütün katmanlar, bütün
-# işleçler, bütün iş parçacıkları) Python'ın bir kez çağırdığı tek bir işleve derler. Aynı adım, önce float32, sonra
-# int8 ağırlıklarla:
+# işleçler, bütün iş parçacıkları) Python'ın bir kez çağırdığı tek bir fonksiyona derler. Aynı adım, önce float32,
+# sonra int8 ağırlıklarla:
 
 # %% [varies]
 backend = examine("cpu")

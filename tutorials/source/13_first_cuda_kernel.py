@@ -49,9 +49,9 @@ floats = pointer(float32)
 # 100 elements, blocks of 32 threads: 4 blocks, 128 threads, of which the last 28 must do nothing.
 
 # %% [markdown] tr
-# ## Tek işlev, çok sayıda iş parçacığı
+# ## Tek fonksiyon, çok sayıda iş parçacığı
 #
-# Çekirdek, binlerce **iş parçacığının** (thread) aynı anda çalıştırdığı bir işlevdir. İş parçacıkları **bloklar**
+# Çekirdek, binlerce **iş parçacığının** (thread) aynı anda çalıştırdığı bir fonksiyondur. İş parçacıkları **bloklar**
 # hâlinde gelir ve her biri yerini bilir: `threadIdx.x` bloğun içindeki yeri, `blockIdx.x` bloğunun numarası,
 # `blockDim.x` bir bloktaki iş parçacığı sayısıdır. (Bu bloklar KV bloklarıyla karıştırılmasın.) Veri, C'deki gibi düz
 # işaretçilerle verilir. Başlatma (launch), kaç iş parçacıklı kaç blok olacağını söyler; blokların tümüne **ızgara**
@@ -116,7 +116,7 @@ assert message.startswith("out of bounds: block (3, 0, 0) thread 4: read of 4 by
 # Sınır denetimi olmayınca 3. bloğun 4. iş parçacığı, 100 öğelik dizinin 100 numaralı öğesini okuyor. Gerçek bir kart
 # herhangi bir şey döndürebilirdi.
 #
-# ## Naif çözüm: her iş parçacığına bir parça
+# ## İlk akla gelen çözüm: her iş parçacığına bir parça
 #
 # CPU programcısı işi parçalara böler: 0. iş parçacığı 0 ile 63 arasını, 1. iş parçacığı 64 ile 127 arasını alır,
 # böyle sürer.

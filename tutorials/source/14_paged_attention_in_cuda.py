@@ -6,7 +6,7 @@
 # as there `pip install 'minipaged[cuda]' greenlet`, but no GPU.
 
 # %% [markdown] tr
-# # 14 · CUDA'da sayfalı dikkat: naif çözümden bölünmüş bağlama
+# # 14 · CUDA'da sayfalı dikkat: ilk akla gelenden bölünmüş bağlama
 #
 # **Amaç.** Tek bir yeni tokenın sayfalı önbellek üzerindeki aynı dikkati (attention) için üç çekirdek: önce doğru,
 # sonra birleştirilmiş erişimli, en sonunda da bir karta yetecek kadar koşut iş çıkaran. Yaklaşık 15 dakika. Önkoşul:
@@ -84,7 +84,7 @@ expected = dense_attention()
 # score comes. So one pass over the keys is enough, and nothing of the length of the context has to be stored.
 
 # %% [markdown] tr
-# ## Naif çözüm: her başa bir iş parçacığı
+# ## İlk akla gelen çözüm: her başa bir iş parçacığı
 #
 # Softmax *çevrimiçi* (online) hesaplanıyor: o ana kadarki en büyük değer ile o ana kadarki toplam tutulur; daha büyük
 # bir skor geldiğinde o güne dek birikenler küçültülür. Böylece anahtarların üzerinden tek geçiş yeter, bağlam
@@ -123,11 +123,11 @@ naive_sectors, naive_instructions = counters.load.sectors, counters.instructions
 print("sectors", naive_sectors, " instructions of its only warp", naive_instructions)
 assert naive_sectors == 33152
 accesses = [access for access in record_accesses(naive_kernel, 1, arguments) if access.memory == "k_cache"]
-show(draw_threads(accesses[:1], "One thread for each head"), "4 threads read one float each, in rows of their own")
+show(draw_threads(accesses[:1], "One thread for each head"), "4 threads read one float each, from two rows of K")
 
 # %% [markdown] en
-# Right, and bad in two ways. 28 of the warp's 32 threads have nothing to do, and the four that work read from rows of
-# their own, a float at a time: 33,152 sectors for K and V that would fit into 4,096.
+# Right, and bad in two ways. 28 of the warp's 32 threads have nothing to do, and the four that work read a float at a
+# time, two from each row of K: 33,152 sectors for K and V that would fit into 4,096.
 #
 # ## Better: one warp for each head
 #
@@ -137,8 +137,8 @@ show(draw_threads(accesses[:1], "One thread for each head"), "4 threads read one
 # whole.
 
 # %% [markdown] tr
-# Doğru, ama iki bakımdan kötü. Warp'taki 32 iş parçacığının 28'inin yapacak işi yok; çalışan dördü de kendi
-# satırından birer birer sayı okuyor: 4.096 sektöre sığacak K ve V için 33.152 sektör taşınıyor.
+# Doğru, ama iki bakımdan kötü. Warp'taki 32 iş parçacığının 28'inin yapacak işi yok; çalışan dördü de sayıları birer
+# birer okuyor, K'nın her satırından ikisi birden: 4.096 sektöre sığacak K ve V için 33.152 sektör taşınıyor.
 #
 # ## Daha iyisi: her başa bir warp
 #

@@ -38,7 +38,7 @@ halves, words, floats = pointer(uint16), pointer(uint32), pointer(float32)
 # outputs, 128 threads, and each walks along its row and its token.
 
 # %% [markdown] tr
-# ## Naif çözüm: her çıktıya bir iş parçacığı
+# ## İlk akla gelen çözüm: her çıktıya bir iş parçacığı
 #
 # 8 token `x` ve bir ağırlığın 16 satırı `w` için `out = x @ w.T`; her birinde 128 sütun var, hepsi float16, toplamlar
 # float32. 128 çıktı, 128 iş parçacığı; her biri kendi satırı ile kendi tokenı boyunca yürür.

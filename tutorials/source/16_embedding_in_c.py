@@ -15,7 +15,7 @@
 # okuyabilmeniz yeterli.
 #
 # Kitaplık, minipaged kurulurken derlenir; bunun için bir C derleyicisi ile Python'ın başlık dosyaları gerekir
-# (Linux). Bunlar yoksa defter bunu söyleyip devam eder; alıştırma ikisini de istemez.
+# (Linux). Bunlar yoksa not defteri bunu söyleyip devam eder; alıştırma ikisini de istemez.
 
 # %%
 import os
@@ -38,7 +38,7 @@ from tutorials.course import check
 # much of it is the answer?
 
 # %% [markdown] tr
-# ## Naif çözüm: her istem için bir süreç başlatmak
+# ## İlk akla gelen çözüm: her istem için bir süreç başlatmak
 #
 # Her program bir başkasını çalıştırabilir. `minipaged generate` bir istemi yanıtlayıp biter. Bu ne kadar sürüyor,
 # sürenin ne kadarı yanıtın kendisine gidiyor?
@@ -94,7 +94,7 @@ assert batch_seconds < process_seconds
 # ```
 #
 # İçeride Python var, ama onu hiç görmezsiniz: başlık dosyası C99'dur, tutamaçlar (handle) opaktır, verdikleriniz
-# kopyalanır. Üç alışkanlık bunu güvenli kılar. Her işlev bir durum döndürür: 0, artı (bilgi) ya da eksi (metni
+# kopyalanır. Üç alışkanlık bunu güvenli kılar. Her fonksiyon bir durum döndürür: 0, artı (bilgi) ya da eksi (metni
 # `minipaged_error()` olan hata). İstek 64 bitlik bir sayıdır; eskimiş bir istek çökme değil, hata üretir. Yapılar
 # (struct) kendi boylarıyla başlar.
 
