@@ -19,7 +19,7 @@ have a function for each.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llvmlite import ir
@@ -30,11 +30,11 @@ from .products import ProductKernel
 from .quantize import prepare_groups, value_bytes
 from .tiles import PANEL, Strip, Tile, product_function, rows_of
 
-AddGroup = Callable[[Emitter, Iterator[list[ir.Value]], list[ir.Value], list[ir.Value]], list[list[ir.Value]]]
-"""``add_group(e, words, rows, starts)``: the int32 sums ``[row][vector]`` of one group.
+AddGroup = Callable[[Emitter, Callable, list[ir.Value], list[list[ir.Value]]], list[list[ir.Value]]]
+"""``add_group(e, load, rows, sums)``: the int32 sums ``[row][vector]`` of one group.
 
-``words`` yields the packed weights ``[vector]`` of one word after the other, ``rows`` are the addresses of the
-group's prepared x, ``starts`` what the sums of a row start with (vectors of int32)."""
+``load(n)`` gives the packed weights ``[vector]`` of word ``n`` of the group (an int, or an int64 at run time),
+``rows`` are the addresses of the group's prepared x, ``sums`` what the sums start with."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,6 @@ def emit_groups(format: GroupFormat, add_group: AddGroup, layout: str, e: Emitte
             strip.prefetch_next_panel(e, step, format.words)
             if format.stays_in_l1:
                 strip.prefetch(e, step, format.words, single_row=not e.isa.has_vnni)
-            words = (word(strip, e.add(step, n)) for n in range(format.words))  # loaded when they are needed
             rows = [tile.row(e, row) for row in range(tile.height)]
             quantised = [e.add(row, e.mul(g, group_bytes)) for row in rows]
             scales = [e.load_broadcast(e.add(e.add(row, scales_at), e.mul(g, 4))) for row in rows]
@@ -81,7 +80,9 @@ def emit_groups(format: GroupFormat, add_group: AddGroup, layout: str, e: Emitte
                 starts = [e.constant(e.i32, 0)] * tile.height
             else:
                 starts = [e.load_broadcast(address, I32) for address in sums_of_x]
-            sums = add_group(e, words, quantised, starts)
+            sums = add_group(
+                e, lambda n: word(strip, e.add(step, n)), quantised, [[start] * tile.width for start in starts]
+            )
             weight_scales = halves(e, strip, tile.w_scale, g)
             result = []
             for row, values in enumerate(rows_of(totals, tile.width)):

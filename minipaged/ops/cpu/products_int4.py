@@ -42,42 +42,39 @@ def nibbles(e: Emitter, word):
     return b.and_(word, mask), b.and_(b.lshr(word, e.constant(e.i16, 4)), mask)
 
 
-def add_group_vnni(e: Emitter, words, rows, starts):
+def add_group_vnni(e: Emitter, load, rows, sums):
     """``vpdpbusd`` over the 8 quads of a group; rows are ``bytes``."""
-    sums = [{} for _ in rows]
-    for n, vectors in enumerate(words):
-        halves = [nibbles(e, word) for word in vectors]
+    for n in range(FORMAT.words):
+        halves = [nibbles(e, word) for word in load(n)]
         for high in (0, 1):
             for row, address in enumerate(rows):
                 values = e.bitcast(e.load_broadcast(e.add(address, 8 * n + 4 * high), I32), e.i8)
                 for i, half in enumerate(halves):
-                    before = sums[row].get(i, starts[row])
-                    sums[row][i] = e.dot_accumulate_u8_i8(before, e.bitcast(half[high], e.i8), values)
+                    sums[row][i] = e.dot_accumulate_u8_i8(sums[row][i], e.bitcast(half[high], e.i8), values)
     return sums
 
 
-def add_group_pmaddubsw(e: Emitter, words, rows, starts):
+def add_group_pmaddubsw(e: Emitter, load, rows, sums):
     """``pmaddubsw`` over the 8 quads of a group, added up in int16; rows are ``bytes``."""
-    sums = [{} for _ in rows]
-    for n, vectors in enumerate(words):
-        halves = [nibbles(e, word) for word in vectors]
+    pairs = [[e.constant(e.i16, 0)] * len(row) for row in sums]
+    for n in range(FORMAT.words):
+        halves = [nibbles(e, word) for word in load(n)]
         for high in (0, 1):
             for row, address in enumerate(rows):
                 values = e.bitcast(e.load_broadcast(e.add(address, 8 * n + 4 * high), I32), e.i8)
                 for i, half in enumerate(halves):
                     product = e.dot_u8_i8_saturating(e.bitcast(half[high], e.i8), values)
-                    sums[row][i] = e.builder.add(sums[row][i], product) if i in sums[row] else product
+                    pairs[row][i] = e.builder.add(pairs[row][i], product)
     ones = e.constant(e.i16, 1)
-    return [{i: e.dot_i16(total, ones) for i, total in row.items()} for row in sums]
+    return [[e.dot_i16(total, ones) for total in row] for row in pairs]
 
 
-def add_group_pmaddwd(e: Emitter, words, rows, starts):
+def add_group_pmaddwd(e: Emitter, load, rows, sums):
     """``pmaddwd`` over even and odd bytes of the 8 quads of a group; rows are ``pairs``."""
     b = e.builder
     eight, low_byte = e.constant(e.i16, 8), e.constant(e.i16, 0xFF)
-    sums = [{} for _ in rows]
-    for n, vectors in enumerate(words):
-        halves = [nibbles(e, word) for word in vectors]
+    for n in range(FORMAT.words):
+        halves = [nibbles(e, word) for word in load(n)]
         for high in (0, 1):
             for odd in (0, 1):
                 weights = [b.lshr(half[high], eight) if odd else b.and_(half[high], low_byte) for half in halves]
@@ -85,8 +82,7 @@ def add_group_pmaddwd(e: Emitter, words, rows, starts):
                     at = e.add(address, 16 * n + 8 * high + 4 * odd)
                     values = e.bitcast(e.load_broadcast(at, I32), e.i16)
                     for i, weight in enumerate(weights):
-                        before = sums[row].get(i, starts[row])
-                        sums[row][i] = b.add(before, e.dot_i16(weight, values))
+                        sums[row][i] = b.add(sums[row][i], e.dot_i16(weight, values))
     return sums
 
 

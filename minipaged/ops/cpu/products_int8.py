@@ -32,67 +32,82 @@ from .emit import I32, Emitter
 from .packing import INT8_GROUP
 from .products import ProductKernel
 from .products_groups import GroupFormat, build_groups
-from .tiles import PANEL
+from .tiles import PANEL, rows_of
 
 FORMAT = GroupFormat("int8", size=INT8_GROUP, words=INT8_GROUP // 4, has_minimum=False, stays_in_l1=False)
 
 
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
-    """Height -> width. The sums of the current group are in registers, and with VNNI the float32 totals, too.
+    """Height -> width. The sums of the current group are in registers.
 
-    Elsewhere the totals are in the L1 cache while a group is added up, which takes much longer than that.
+    The float32 totals may be in the L1 cache meanwhile: adding up a group takes much longer than fetching them.
     """
     panel = PANEL // isa.lanes
     if isa.has_vnni:
-        return {height: panel for height in range(1, 5)}
+        return {height: panel for height in range(1, 7)}
     return {1: 6, 2: 3, 3: 3, 4: 2}
 
 
-def add_group_vnni(e: Emitter, words, rows, starts):
+def _for_words(e: Emitter, sums, body):
+    """``for n in range(words of a group): sums = body(n, sums)``.
+
+    It must be a loop: in straight-line code LLVM changes the order of the loads, and the hardware no longer
+    recognises the sequence and stops fetching ahead (half of the speed of a single row).
+    """
+    width = len(sums[0])
+
+    def step(n, state):
+        return [total for row in body(n, rows_of(state, width)) for total in row]
+
+    return rows_of(e.loop(e.const(FORMAT.words), [total for row in sums for total in row], step), width)
+
+
+def add_group_vnni(e: Emitter, load, rows, sums):
     """``vpdpbusd``; rows are ``bytes``."""
-    sums = None
-    for n, vectors in enumerate(words):
-        sums = sums or [[start] * len(vectors) for start in starts]
-        weights = [e.bitcast(word, e.i8) for word in vectors]
-        for row, address in enumerate(rows):
-            values = e.bitcast(e.load_broadcast(e.add(address, 4 * n), I32), e.i8)
-            sums[row] = [e.dot_accumulate_u8_i8(s, w, values) for s, w in zip(sums[row], weights, strict=True)]
-    return sums
+
+    def word(n, sums):
+        weights, result = [e.bitcast(vector, e.i8) for vector in load(n)], []
+        for address, totals in zip(rows, sums, strict=True):
+            values = e.bitcast(e.load_broadcast(e.add(address, e.mul(n, 4)), I32), e.i8)
+            result.append([e.dot_accumulate_u8_i8(t, w, values) for t, w in zip(totals, weights, strict=True)])
+        return result
+
+    return _for_words(e, sums, word)
 
 
-def add_group_pmaddubsw(e: Emitter, words, rows, starts):
-    """``pmaddubsw`` on ``|w|`` and ``x`` with the sign of ``w``, which needs no start; rows are ``bytes``."""
+def add_group_pmaddubsw(e: Emitter, load, rows, sums):
+    """``pmaddubsw`` on ``|w|`` and ``x`` with the sign of ``w``, which starts at zero; rows are ``bytes``."""
     ones, bias = e.constant(e.i16, 1), e.constant(e.i8, -128)
-    sums = None
-    for n, vectors in enumerate(words):
-        sums = sums or [[e.constant(e.i32, 0)] * len(vectors) for _ in rows]
-        weights = [e.builder.xor(e.bitcast(word, e.i8), bias) for word in vectors]
+
+    def word(n, sums):
+        weights, result = [e.builder.xor(e.bitcast(vector, e.i8), bias) for vector in load(n)], []
         magnitudes = [e.abs_i8(weight) for weight in weights]
-        for row, address in enumerate(rows):
-            values = e.bitcast(e.load_broadcast(e.add(address, 4 * n), I32), e.i8)
-            for i, weight in enumerate(weights):
-                pairs = e.dot_u8_i8_saturating(magnitudes[i], e.sign_i8(values, weight))
-                sums[row][i] = e.builder.add(sums[row][i], e.dot_i16(pairs, ones))
-    return sums
+        for address, totals in zip(rows, sums, strict=True):
+            values = e.bitcast(e.load_broadcast(e.add(address, e.mul(n, 4)), I32), e.i8)
+            pairs = [e.dot_u8_i8_saturating(m, e.sign_i8(values, w)) for m, w in zip(magnitudes, weights, strict=True)]
+            result.append([e.builder.add(t, e.dot_i16(pair, ones)) for t, pair in zip(totals, pairs, strict=True)])
+        return result
+
+    return _for_words(e, [[e.constant(e.i32, 0)] * len(totals) for totals in sums], word)
 
 
-def add_group_pmaddwd(e: Emitter, words, rows, starts):
+def add_group_pmaddwd(e: Emitter, load, rows, sums):
     """``pmaddwd`` over even and odd bytes; rows are ``pairs``."""
     b = e.builder
     eight, low_byte = e.constant(e.i16, 8), e.constant(e.i16, 0xFF)
-    sums = None
-    for n, vectors in enumerate(words):
-        sums = sums or [[start] * len(vectors) for start in starts]
-        weights = [e.bitcast(word, e.i16) for word in vectors]
-        even, odd = [b.and_(w, low_byte) for w in weights], [b.lshr(w, eight) for w in weights]
-        for row, address in enumerate(rows):
-            x_even, x_odd = (
-                e.bitcast(e.load_broadcast(e.add(address, 8 * n + half), I32), e.i16) for half in (0, 4)
-            )
-            for i in range(len(vectors)):
-                total = b.add(sums[row][i], e.dot_i16(even[i], x_even))
-                sums[row][i] = b.add(total, e.dot_i16(odd[i], x_odd))
-    return sums
+
+    def word(n, sums):
+        weights, result = [e.bitcast(vector, e.i16) for vector in load(n)], []
+        halves = [b.and_(w, low_byte) for w in weights], [b.lshr(w, eight) for w in weights]  # even, odd
+        for address, totals in zip(rows, sums, strict=True):
+            for odd, half in enumerate(halves):
+                at = e.add(e.add(address, e.mul(n, 8)), 4 * odd)
+                values = e.bitcast(e.load_broadcast(at, I32), e.i16)
+                totals = [b.add(t, e.dot_i16(w, values)) for t, w in zip(totals, half, strict=True)]
+            result.append(totals)
+        return result
+
+    return _for_words(e, sums, word)
 
 
 def build(format: str) -> ProductKernel:

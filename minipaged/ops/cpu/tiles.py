@@ -79,7 +79,7 @@ class Tile:
         def once(index, state):
             share = e.div(e.add(self.num_tiles, strip_bytes - 1), self.num_tiles)  # of the next panel, at each step
             next_w = e.add(self.next_w, e.mul(index, e.mul(num_steps, share)))
-            body(Strip(self, e.mul(index, strip_bytes), next_w, share))
+            body(Strip(self, e.mul(index, strip_bytes), next_w, share, strip_bytes))
             return []
 
         if strip_bytes == STEP_BYTES:
@@ -96,6 +96,11 @@ class Strip:
     offset: ir.Value  # bytes from the panel's first column; the same for weights and float32 outputs
     next_w: ir.Value  # where in the next panel this strip begins to ask for lines
     next_stride: ir.Value  # and how many bytes farther at each step
+    width_bytes: int  # in a step of the panel
+
+    @property
+    def is_whole_panel(self) -> bool:
+        return self.width_bytes == STEP_BYTES
 
     def load(self, e: Emitter, step: ir.Value, type_: ir.Type) -> list[ir.Value]:
         """The weights of one step, as vectors of ``type_``."""
@@ -107,13 +112,12 @@ class Strip:
         ``single_row`` asks in sequence, too, for a tile of one row: it pays where a step takes the
         multipliers longer than the hardware expects.
         """
-        strip_bytes = self.tile.width * e.isa.vector_bytes
-        whole_panel = strip_bytes == STEP_BYTES
+        whole_panel = self.is_whole_panel
         if whole_panel and not (single_row and self.tile.height == 1):
             return  # a sequence that the hardware follows by itself
         near = e.add(e.add(self.tile.w, self.offset), e.mul(step, STEP_BYTES))
         next_panel = e.add(self.next_w, e.mul(step, self.next_stride))
-        for line in range(0, strip_bytes * num_steps, LINE):
+        for line in range(0, self.width_bytes * num_steps, LINE):
             if whole_panel or num_steps == 1:  # strips of more steps belong to panels that stay in L1
                 e.prefetch(e.add(near, NEAR_STEPS * STEP_BYTES + line), locality=3)
             if not whole_panel:
@@ -124,7 +128,7 @@ class Strip:
 
         A tile that is alone reads all panels in sequence, and the hardware follows that.
         """
-        if self.tile.width * e.isa.vector_bytes != STEP_BYTES or self.tile.height == 1:
+        if not self.is_whole_panel or self.tile.height == 1:
             return
         start = e.add(self.next_w, e.mul(step, self.next_stride))
         lines = e.div(e.add(e.mul(self.next_stride, num_steps), LINE - 1), LINE)
