@@ -28,7 +28,9 @@ from numba import njit
 from .emit import F16, I16, I32, Emitter, vector
 from .products import ProductKernel
 from .quantize import prepare_groups, value_bytes
-from .tiles import PANEL, Strip, Tile, product_function, rows_of
+from .tiles import LINE, PANEL, Strip, Tile, product_function, rows_of
+
+SCALES_AHEAD = 1024  # bytes: 10 groups of a panel
 
 AddGroup = Callable[[Emitter, Callable, list[ir.Value], list[list[ir.Value]]], list[list[ir.Value]]]
 """``add_group(e, load, rows, sums)``: the int32 sums ``[row][vector]`` of one group.
@@ -104,8 +106,16 @@ def emit_groups(format: GroupFormat, add_group: AddGroup, layout: str, e: Emitte
 
 
 def halves(e: Emitter, strip: Strip, array: ir.Value, group: ir.Value) -> list[ir.Value]:
-    """A strip's part of the float16 row of ``group`` in a panel's array, as float32."""
-    address = e.add(e.add(array, e.div(strip.offset, 2)), e.mul(group, 2 * PANEL))  # half as wide as words
+    """A strip's part of the float16 row of ``group`` in a panel's array, as float32.
+
+    The hardware does not follow a sequence that advances so slowly beside that of the weights, so later lines
+    are asked for (a single row of int8: a fifth faster).
+    """
+    row = e.add(array, e.mul(group, 2 * PANEL))
+    if strip.is_whole_panel:
+        for line in range(0, 2 * PANEL, LINE):
+            e.prefetch(e.add(row, SCALES_AHEAD + line), locality=3)
+    address = e.add(row, e.div(strip.offset, 2))  # half as wide as words
     return [_load_half(e, e.add(address, 2 * e.lanes * i)) for i in range(strip.tile.width)]
 
 
