@@ -12,8 +12,8 @@ so that the heads of a group read K and V once. A block has four warps of 16 row
     grid (n, Nkv, parts)     warp w -> rows first + 16 w ..+15      each: for every 64 keys: score, softmax,
                              block z -> part z of the head's values           weigh, fold
 
-Of a head of more than 128 values a warp accumulates one part of 64: all would not fit into its registers. The
-scores are then computed once a part.
+Of a long head a warp accumulates one part (``head_parts``): all would not fit into its registers. The scores are
+then computed once a part.
 
 ``attention_tile.py`` has the arithmetic and its order. Where a context is longer than a chunk, the total over
 the chunks before waits in ``workspace``, a lane's values in the order in which it alone reads them back.
@@ -37,12 +37,15 @@ TILE_ROWS = WARPS * ROWS
 INFINITY = math.inf
 
 
-def head_parts(head_dim: int, kv_dtype: str) -> int:
+def head_parts(head_dim: int, kv_dtype: str, cc: tuple[int, int] = (8, 0)) -> int:
     """Into how many parts the values of a head are divided, so that nothing spills.
 
-    int8 needs registers to become 16-bit, and bfloat16 for its weights in two halves.
+    int8 needs registers to become 16-bit, most where an mma is two instructions, and bfloat16 needs them for its
+    weights in two halves.
     """
     most = 64 if kv_dtype == "int8" or head_dim > 128 or (kv_dtype == "bfloat16" and head_dim % 64) else 128
+    if kv_dtype == "int8" and cc < (8, 0) and head_dim % 32 == 0:
+        most = 32
     return next(parts for parts in range(1, 33) if head_dim % (8 * parts) == 0 and head_dim // parts <= most)
 
 
@@ -61,9 +64,9 @@ def build(
     workspace, max_blocks, window, scale)``; scales, and ``workspace`` where nothing needs it, may be anything.
     """
     group = num_heads // num_kv_heads
-    parts = head_parts(head_dim, kv_dtype)
-    most = 8 if head_dim <= 64 else 4  # accumulators leave a longer head few registers
-    if dtype == "bfloat16" and head_dim // parts > 64:
+    parts = head_parts(head_dim, kv_dtype, cc)
+    most = 8 if head_dim <= 64 and kv_dtype != "int8" else 4  # accumulators leave a longer head few registers
+    if head_dim // parts > 96 and (dtype == "bfloat16" or cc < (8, 0)):
         most = 2
     widest = next(width for width in (8, 4, 2, 1) if width <= most and head_dim // parts % (8 * width) == 0)
     functions = tile_functions(num_kv_heads, group, head_dim, block_size, soft_cap, dtype, kv_dtype, cc, widest)
@@ -179,12 +182,12 @@ def build(
         min_cc=cc if dtype == "float16" else (8, 0),
         block=THREADS,
         registers_at_most=255,
-        blocks_per_sm=2,
+        blocks_per_sm=2 if head_dim <= 128 or cc >= (8, 0) else 1,  # sm_75 has 64 KiB of shared memory
     )
 
 
 def launch_dims(
-    num_tiles: int, num_kv_heads: int, head_dim: int, kv_dtype: str
+    num_tiles: int, num_kv_heads: int, head_dim: int, kv_dtype: str, cc: tuple[int, int] = (8, 0)
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Grid and block for ``num_tiles`` tiles of 64 rows."""
-    return (num_tiles, num_kv_heads, head_parts(head_dim, kv_dtype)), (THREADS, 1, 1)
+    """Grid and block for ``num_tiles`` tiles of 64 rows; ``cc`` as the kernel was built for."""
+    return (num_tiles, num_kv_heads, head_parts(head_dim, kv_dtype, cc)), (THREADS, 1, 1)

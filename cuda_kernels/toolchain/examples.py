@@ -248,7 +248,7 @@ def _attention_split(sizes: Sizes, cc, rng) -> Example:
 
 def _attention_prefill(sizes: Sizes, cc, rng) -> Example:
     space = len(_tiles(sizes, 64)) * sizes.kv_heads * 64 * sizes.head_dim
-    return _attention_on_tiles(attention_prefill, sizes, cc, rng, 64, (sizes.head_dim, "float16"), space)
+    return _attention_on_tiles(attention_prefill, sizes, cc, rng, 64, (sizes.head_dim, "float16", cc), space)
 
 
 def _attention_reduce(sizes: Sizes, cc, rng) -> Example:

@@ -60,7 +60,7 @@ def attend(kind, cc, step, heads, kv_heads, head_dim, block_size, dtype, kv_dtyp
     if kind == "prefill":
         tiles = tiles_of(step, group, attention_prefill.TILE_ROWS)
         workspace = np.full(tiles.size // 2 * kv_heads * attention_prefill.TILE_ROWS * head_dim, np.nan, np.float32)
-        dims = attention_prefill.launch_dims(len(tiles), kv_heads, head_dim, kv_dtype)
+        dims = attention_prefill.launch_dims(len(tiles), kv_heads, head_dim, kv_dtype, cc)
         kernel = attention_prefill.build(*build)
         run_on(cc, kernel, dims, *inputs, tiles, out, workspace, step.max_blocks, window, scale)
         return out

@@ -199,7 +199,8 @@ class Plan:
         if shape.kind == "prefill":
             for first in range(0, shape.num_tiles, TILES_AT_ONCE):
                 count = min(TILES_AT_ONCE, shape.num_tiles - first)
-                grid = attention_prefill.launch_dims(count, config.num_kv_heads, config.head_dim, layout.dtype)[0]
+                grid_sizes = (count, config.num_kv_heads, config.head_dim, layout.dtype, formats["cc"])
+                grid = attention_prefill.launch_dims(*grid_sizes)[0]
                 tiles = inputs.tiles + 8 * first
                 self._add(attention_prefill.build(*sizes, **formats), grid, tiles=tiles, **arguments)
             return
