@@ -188,7 +188,7 @@ def test_everything_together(monkeypatch):
     monkeypatch.setattr(SwapSpace, "_is_cheaper", lambda *_: True)
     beams = {"use_beam_search": True, "max_tokens": 4}
     requests = [
-        (PROMPTS[1][:4] * 2, sampled(9, temperature=0, logprobs=1)),
+        (PROMPTS[1][:4] * 2, sampled(9, temperature=0, logprobs=1, allowed_token_ids=[7, 99])),  # repeats itself
         (PROMPTS[1][:4] * 3, sampled(9, repetition_penalty=1.2, prompt_logprobs=1)),
         (PROMPTS[0][:7], sampled(8, n=2, top_p=0.9, top_k=20)),
         (PROMPTS[0][:6], SamplingParams(beam_width=2, logprobs=1, **beams)),
