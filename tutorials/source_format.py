@@ -5,7 +5,7 @@ A file ``source/NN_topic.py`` is a row of cells, each begun by a line ``# %%``:
     # %% [markdown] en            English text, each line a comment
     # %% [markdown] tr            the same in Turkish; stands right behind its English cell
     # %%                          code, the same in both languages
-    # %% [varies]                 code whose printed text differs from run to run (times, say)
+    # %% [varies]                 code whose printed text is not fixed: times, or what the engine's kernels count
     # %% [exercise] NAME          the stub that the learner completes
     # %% [solution] NAME          code that may stand in the stub's place and passes
     # %% [check] NAME             code that tells whether what stands in the stub's place is right

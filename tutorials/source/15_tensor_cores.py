@@ -250,8 +250,8 @@ assert 32 * weight_sectors == w.nbytes  # the weight moves once, and nothing els
 # float16'ya dönüşür. Ağırlık burada olduğu gibi **sol** çarpandır; böylece tek kullanıcının az sayıdaki tokenı
 # komutun daha azını boşa harcar.
 
-# %%
-for name in ("product_float16", "product_int8"):
+# %% [varies]
+for name in ("product_float16", "product_int8"):  # the engine's own kernels, which go on improving
     subject = example(name)
     counters = run(subject.kernel, subject.grid, subject.fresh())
     products, efficiency = counters.by_kind["tensor core"], counters.load.efficiency
