@@ -43,7 +43,8 @@ def head_parts(head_dim: int, kv_dtype: str, cc: tuple[int, int] = (8, 0)) -> in
     int8 needs registers to become 16-bit, most where an mma is two instructions, and bfloat16 needs them for its
     weights in two halves.
     """
-    most = 64 if kv_dtype == "int8" or head_dim > 128 or (kv_dtype == "bfloat16" and head_dim % 64) else 128
+    halves = kv_dtype == "bfloat16" and (head_dim % 64 or cc >= (9, 0))
+    most = 64 if kv_dtype == "int8" or head_dim > 128 or halves else 128
     if kv_dtype == "int8" and cc < (8, 0) and head_dim % 32 == 0 or kv_dtype == "float16" and head_dim % 64 == 32:
         most = 32  # a multiple of 32 keeps V's loads wide
     return next(parts for parts in range(1, 33) if head_dim % (8 * parts) == 0 and head_dim // parts <= most)
