@@ -295,7 +295,7 @@ def add_bias(x, bias, out, rows, cols):  # a row for each thread: the pattern of
 # Motorun CUDA arka ucundaki `rms_norm`, aynı örüntünün üzerine bloktaki iş parçacıkları boyunca alınan tek bir toplam
 # ekler. Araç takımında her çekirdek için örnek bir başlatma vardır; bu, küçük olanı:
 
-# %%
+# %% [varies]
 subject = example("rms_norm")
 counters = run(subject.kernel, subject.grid, subject.fresh())
 print(f"rms_norm: loads {counters.load.efficiency:.0%} efficient, {counters.instructions} instructions by warps")

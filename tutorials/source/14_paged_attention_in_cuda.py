@@ -368,7 +368,7 @@ assert walk < whole_instructions / 5
 # memory) 32 anahtarlık karolar; ön doldurma ile çözme aynı çekirdekte, pencereler ve int8 önbellekler de var.
 # Bizimkiyle aynı sonucu veriyor:
 
-# %%
+# %% [varies]
 plain = attention_plain.build(HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE)
 out, none = np.zeros((1, HEADS, HEAD_DIM), np.float32), np.zeros(1, np.float32)
 sequences, positions = np.zeros(1, np.int32), np.array([CONTEXT - 1], np.int32)
