@@ -101,21 +101,24 @@ def _score_kernel(dtype: str, item_bytes: int):
 
 
 def _weigh_kernel(dtype: str, item_bytes: int):
-    """``weigh(height, p, values, count, scales, out, groups)``: ``out += p[:count] · V`` for ``height`` rows.
+    """``weigh(height, p, values, count, scales, out, groups, ahead)``: ``out += p[:count] · V`` for ``height`` rows.
 
-    ``out`` has rows of ``groups`` x 16 values, as V has; ``p`` rows of ``CHUNK``.
+    ``out`` has rows of ``groups`` x 16 values, as V has; ``p`` rows of ``CHUNK``. Meanwhile as much memory
+    as the values take is fetched into the L2 cache from ``ahead``.
     """
 
-    def emit(e: Emitter, height, p, values, count, scales, out, groups):
+    def emit(e: Emitter, height, p, values, count, scales, out, groups, ahead):
         stride = e.mul(groups, GROUP * item_bytes)
 
         def group(g, state):
             column = e.add(values, e.mul(g, GROUP * item_bytes))
+            fetched = e.add(ahead, e.builder.mul(e.mul(g, GROUP * item_bytes), count))
             places = [
                 e.add(e.add(out, e.mul(g, 4 * GROUP)), e.mul(groups, 4 * GROUP * row)) for row in range(height)
             ]
 
             def token(t, totals):
+                e.prefetch(e.add(fetched, e.mul(t, GROUP * item_bytes)), 2)
                 value = load_values(e, dtype, e.add(column, e.builder.mul(t, stride)), GROUP)
                 offset = e.mul(t, 4)
                 result = []
@@ -133,7 +136,7 @@ def _weigh_kernel(dtype: str, item_bytes: int):
 
         e.loop(groups, [], group)
 
-    @kernel(7)
+    @kernel(8)
     def weigh(e, height, *arguments):
         e.switch(height, {h: lambda h=h: emit(e, h, *arguments) for h in range(1, TALLEST + 1)})
 
@@ -237,6 +240,12 @@ def attention_phase(dtype: str) -> CFunc:
         block_table = ints32(model.block_tables + sequence * model.block_table_stride, end)
         k_head, v_head = kv_head * model.k_bytes, model.num_kv_heads * model.k_bytes + kv_head * model.v_bytes
         width = min(block_size, TOKENS)
+        coming = min(index + num_threads, model.num_tiles * model.num_kv_heads - 1)  # probably this thread's next item
+        coming_head = coming % model.num_kv_heads * model.k_bytes
+        coming_entry = ints32(model.tiles + 16 * (coming // model.num_kv_heads), 4)
+        coming_end = coming_entry[3] + coming_entry[2]
+        coming_begin = max(0, coming_entry[3] - window + 1) if window else 0
+        coming_blocks = ints32(model.block_tables + coming_entry[0] * model.block_table_stride, coming_end)
         for chunk in range(begin // CHUNK, (end - 1) // CHUNK + 1):
             origin = chunk * CHUNK
             first_block = max(origin, begin) // block_size
@@ -285,6 +294,12 @@ def attention_phase(dtype: str) -> CFunc:
             for number in range(first_block, last_block):
                 values = layer.cache + block_table[number] * model.block_bytes + v_head
                 position = number * block_size
+                if last < end:  # the keys of the next chunk, or item, come while the values of this one are read
+                    ahead_number = min(number + CHUNK // block_size, (end - 1) // block_size)
+                    ahead = layer.cache + block_table[ahead_number] * model.block_bytes + k_head
+                else:
+                    ahead_number = min(coming_begin // block_size + number - first_block, (coming_end - 1) // block_size)
+                    ahead = layer.cache + coming_blocks[ahead_number] * model.block_bytes + coming_head
                 row = 0
                 while row < rows:
                     height = _height(rows - row)
@@ -296,6 +311,7 @@ def attention_phase(dtype: str) -> CFunc:
                         values + block_size * padded_dim * item_bytes,
                         part + 4 * row * padded_dim,
                         padded_dim // GROUP,
+                        ahead if row == 0 else values,
                     )
                     row += height
             _combine(rows, padded_dim, part, part_result, total, total_result)
