@@ -54,7 +54,36 @@ def measure(
         for (count, context), times in steps.items()
     ]
     missing = [{"users": count, "context": context, "why": why} for (count, context), why in left_out.items()]
-    return {"at_context": at_context, "at_users": at_users, "rounds": rounds, "points": found, "left_out": missing}
+    return {
+        "at_context": at_context, "at_users": at_users, "num_steps": num_steps, "rounds": rounds,
+        "points": found, "left_out": missing,
+    }  # fmt: skip
+
+
+def merge(result: dict, context: dict, earlier: dict) -> dict:
+    """``result`` with the points that it lacks and ``earlier`` has, which is what ``--json`` wrote of another run.
+
+    ``context`` is what the report says about the engine (:func:`minipaged.bench.report.context`).
+
+    Raises:
+        ConfigError: ``earlier`` is no result of this measurement, or was made of something else.
+    """
+    if earlier.get("bench") != "scaling":
+        raise ConfigError("--with needs a file that `bench scaling --json` wrote.")
+    for key in ("model", "device", "dtype", "kv_cache_dtype", "threads", "cpu"):
+        if earlier["context"][key] != context[key]:
+            raise ConfigError(f"--with has {key} {earlier['context'][key]!r}, this run {context[key]!r}.")
+    if earlier["at_context"] != result["at_context"]:
+        raise ConfigError(f"--with has users at {earlier['at_context']} tokens, this run at {result['at_context']}.")
+    known = {(point["users"], point["context"]) for point in result["points"]}
+    points = [point for point in earlier["points"] if (point["users"], point["context"]) not in known]
+    return result | {
+        "at_users": sorted({*result["at_users"], *earlier["at_users"]}),
+        "rounds": min(result["rounds"], earlier["rounds"]),
+        "num_steps": min(result["num_steps"], earlier["num_steps"]),
+        "points": result["points"] + points,
+        "left_out": result["left_out"] + earlier["left_out"],
+    }
 
 
 def series(result: dict) -> dict[str, list[tuple[int, float]]]:
@@ -75,7 +104,8 @@ def text(result: dict) -> str:
         parts.append(table([title, "tokens/s"], rows, right=(0, 1)))
     for point in result["left_out"]:
         parts.append(f"left out: {point['users']} users at {point['context']} tokens: {point['why']}")
-    return f"medians of {result['rounds']} rounds\n\n" + "\n\n".join(parts)
+    title = f"medians of {result['rounds']} round(s), each the median of {result['num_steps']} steps"
+    return title + "\n\n" + "\n\n".join(parts)
 
 
 def plot(result: dict, path: str, title: str) -> None:

@@ -104,7 +104,9 @@ def _configure_scaling(parser: argparse.ArgumentParser) -> None:
             flag, type=positive_ints, default=default, metavar="N,N,...", help=f"{text} (default: {shown})"
         )
     parser.add_argument("--at-context", type=positive_int, default=512, metavar="N", help="for --users; 512")
+    parser.add_argument("--steps", type=positive_int, default=8, metavar="N", help="timed at each point, in a round; 8")
     parser.add_argument("--rounds", type=positive_int, default=3, metavar="N", help="(default: 3)")
+    parser.add_argument("--with", dest="earlier", metavar="FILE", help="add the points of an earlier run's --json file")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves to this .svg or .png file")
     add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
 

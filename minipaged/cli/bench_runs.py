@@ -6,6 +6,7 @@ Every function returns ``(text, result)``; the options are those of :mod:`minipa
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from minipaged.bench.modes import MODE_OPTIONS
 from minipaged.cli.options import given
@@ -86,9 +87,14 @@ def scaling(args: argparse.Namespace) -> tuple[str, dict]:
         at_context=args.at_context,
         contexts=args.contexts,
         at_users=args.at_users,
+        num_steps=args.steps,
         rounds=args.rounds,
         progress=note,
     )
+    if args.earlier:
+        from minipaged.model.json_file import read_object
+
+        result = scaling.merge(result, context, read_object(Path(args.earlier)))
     if args.plot:
         title = f"{context['model']}, {context['dtype']}, {context['device']}, {context['threads']} threads"
         scaling.plot(result, args.plot, title)

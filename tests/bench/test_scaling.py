@@ -33,3 +33,22 @@ def test_picture(tmp_path):
     grid = ["--users", "1,2", "--at-context", "16", "--contexts", "16,32", "--at-users", "1"]
     assert main([*TINY, *grid, "--plot", str(file)]) == 0
     assert "tokens of context" in file.read_text()
+
+
+def test_points_of_an_earlier_run(tmp_path, capsys):
+    first, both = tmp_path / "first.json", tmp_path / "both.json"
+    grid = ["--at-context", "16", "--contexts", "16", "--at-users", "1"]
+    assert main([*TINY, "--users", "1,2", *grid, "--steps", "3", "--json", str(first)]) == 0
+    again = ["--users", "1", "--at-context", "16", "--contexts", "32", "--at-users", "2", "--with", str(first)]
+    assert main([*TINY, *again, "--json", str(both)]) == 0
+    result, earlier = json.loads(both.read_text()), json.loads(first.read_text())
+    assert {(p["users"], p["context"]) for p in result["points"]} == {(1, 16), (2, 16), (2, 32)}
+    kept = next(p for p in earlier["points"] if p["users"] == 2)
+    assert kept in result["points"]
+    assert "median of 3 steps" in capsys.readouterr().out
+    earlier["context"]["dtype"] = "int8"
+    first.write_text(json.dumps(earlier))
+    assert main([*TINY, *again]) == 2
+    assert "--with has dtype 'int8'" in capsys.readouterr().err
+    assert main([*TINY, *again[:-1], str(tmp_path / "none.json")]) == 2
+    assert "bench scaling --json" in capsys.readouterr().err

@@ -298,7 +298,8 @@ def attention_phase(dtype: str) -> CFunc:
                     ahead_number = min(number + CHUNK // block_size, (end - 1) // block_size)
                     ahead = layer.cache + block_table[ahead_number] * model.block_bytes + k_head
                 else:
-                    ahead_number = min(coming_begin // block_size + number - first_block, (coming_end - 1) // block_size)
+                    ahead_number = coming_begin // block_size + number - first_block
+                    ahead_number = min(ahead_number, (coming_end - 1) // block_size)
                     ahead = layer.cache + coming_blocks[ahead_number] * model.block_bytes + coming_head
                 row = 0
                 while row < rows:
