@@ -195,6 +195,7 @@ def _configure_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of lengths and tokens (default: 0)")
     parser.add_argument("--num-threads", type=positive_int, metavar="N", help="of every engine (default: all cores)")
     parser.add_argument("--timeout", type=positive_int, default=600, metavar="S", help="of one answer, seconds; 600")
+    parser.add_argument("--max-seconds", type=positive_int, metavar="S", help="begin no further round after so long")
 
 
 def _add_workload_options(parser: argparse.ArgumentParser, num_requests: int) -> None:

@@ -157,6 +157,7 @@ def compare(args: argparse.Namespace) -> tuple[str, dict]:
         seed=args.seed,
         num_threads=args.num_threads or default_num_threads(),
         timeout=args.timeout,
+        max_seconds=args.max_seconds or float("inf"),
         progress=note,
     )
     result = {"bench": "compare", "model": args.model, "cpu": machine.cpu()["model"], **result}

@@ -96,6 +96,13 @@ def test_ratios_floors_and_losing_rows(spec, known_rates):
     json.dumps(result)
 
 
+def test_no_round_begins_after_the_time_that_is_given(spec, known_rates):
+    result = measure([spec("ours")], [spec("peer")], rounds=3, num_threads=1, max_seconds=0)
+    assert result["rounds"] == 1
+    assert [len(row["rounds"]) for row in result["ratios"]] == [1] * 4
+    assert "medians of 1 rounds" in compare_text(result)
+
+
 def test_the_floor_of_a_step_is_bytes_or_operations():
     slow_memory = Rates(bytes=1e3, operations=1e9, attention_operations=1e9)
     slow_arithmetic = Rates(bytes=1e12, operations=1e3, attention_operations=2e3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -25,13 +26,15 @@ def measure(
     seed: int = 0,
     num_threads: int,
     timeout: float = 600.0,
+    max_seconds: float = math.inf,
     progress: Callable[[str], None] | None = None,
 ) -> dict:
     """Run every metric ``rounds`` times on every engine, after a round that is not counted.
 
     In a round, each metric goes through all engines before the next metric begins, so that a slow
     moment of the machine touches all of them; who begins changes from round to round. The machine's
-    own rates are measured in each round too.
+    own rates are measured in each round too. After ``max_seconds`` no further round begins, but one is
+    always counted; ``"rounds"`` tells how many were.
 
     Returns ``{"engines": {name: {"about", "peak_rss", "metrics": {metric: summary}}}, "rates",
     "floors": {our name: {metric: value at the floor}}, "ratios": [...]}``.
@@ -47,6 +50,7 @@ def measure(
     lengths = {metric.name: draw_lengths(metric, seed) for metric in metrics}
     room = limits(list(lengths.values()), num_threads)
     rng = random.Random(seed)
+    began = time.monotonic()
     with ExitStack() as stack:
         engines = []
         for spec in [*ours, *peers]:
@@ -58,6 +62,10 @@ def measure(
         rates: dict[str, list[Rates]] = {format: [] for format in formats}
         for number in range(rounds + 1):
             counted = number > 0
+            if number > 1 and time.monotonic() - began > max_seconds:
+                rounds = number - 1
+                report(f"{max_seconds:.0f} s have passed: {rounds} round(s) count")
+                break
             for format in formats if counted else ():
                 rates[format].append(measure_rates(format, num_threads))
             for metric in metrics:
