@@ -234,7 +234,6 @@ backend = examine("cpu")
 if backend.available:
     measured["compiled float32"] = step_seconds(device="cpu", dtype="float32")
     measured["compiled int8"] = step_seconds(device="cpu", quantization="int8")
-    assert measured["compiled int8"][0] < measured["NumPy float32"][0]
     assert 3.5 < measured["NumPy float32"][1] / measured["compiled int8"][1] < 4
 else:
     print("the cpu backend cannot run here:", backend.reason)
