@@ -2,7 +2,7 @@
 
 A quantised source is dequantised by slabs of about a mebibyte, and these are quantised again as the
 backend wants them. That second rounding cannot be left out for GGUF's Q8_0, which has a scale for every 32 values
-where ``int8`` has one for 64. Q4_1 and ``int4`` are the same numbers in another order, and Q4_0 is the case
+where ``int8`` has one for 96. Q4_1 and ``int4`` are the same numbers in another order, and Q4_0 is the case
 whose minimum is -8 times the scale: they are repacked as they are, without any rounding.
 """
 

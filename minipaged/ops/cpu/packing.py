@@ -6,12 +6,12 @@ the product reads 48 neighbouring values. N is padded with zero rows to whole pa
     float32   [N/48][K   ][48]            4 bytes an element
     bfloat16  [N/48][K/2 ][48][2]         2 bytes; a pair of k is one 32-bit word
     int8      [N/48][K/4 ][48][4]         1 byte; a quad of k is one 32-bit word
-              scale [N/48][K/64][48] f16  weight = scale * (byte - 128), byte - 128 in -127..127
+              scale [N/48][K/96][48] f16  weight = scale * (byte - 128), byte - 128 in -127..127
     int4      [N/48][K/8 ][48][4]         half a byte; byte j of the word for k..k+7 holds
               scale [N/48][K/32][48] f16      k+j in its low nibble and k+4+j in its high one
               aux   [N/48][K/32][48] f16  weight = scale * nibble + aux, the least of the 32 k
 
-The integer formats pad K to whole groups of 64 and 32.
+The integer formats pad K to whole groups of 96 and 32.
 
 The layout is the same at every level, so a packed file serves any CPU. Arrays start at a multiple of
 64 bytes (a cache line). Packing streams: rows arrive in slabs of any size, and no float copy is kept.
@@ -29,7 +29,7 @@ from minipaged.errors import ConfigError
 from .products import FORMATS
 
 PANEL = 48
-INT8_GROUP, INT4_GROUP = 64, 32  # k that share a scale
+INT8_GROUP, INT4_GROUP = 96, 32  # k that share a scale
 ALIGNMENT = 64
 
 
@@ -210,7 +210,7 @@ def _in_groups(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def quantise_int8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quantise groups ``values [..., 64]`` to ``(bytes uint8 [..., 64], scale float16 [...])``."""
+    """Quantise groups ``values [..., 96]`` to ``(bytes uint8 [..., 96], scale float16 [...])``."""
     scale = _as_half(np.abs(values).max(axis=-1) / np.float32(127))
     quantised = np.rint(values / _divisor(scale))
     return (np.clip(quantised, -127, 127) + 128).astype(np.uint8), scale

@@ -1,6 +1,6 @@
 """What the integer products share: sums of a group are exact, and each group has scales of its own.
 
-A *group* is 64 (int8) or 32 (int4) neighbouring k. Weights have a scale for each output and group,
+A *group* is 96 (int8) or 32 (int4) neighbouring k. Weights have a scale for each output and group,
 activations one for each token and group::
 
     out = sum over groups of  w_scale[group] * x_scale[group] * (sum over its k of q * x)

@@ -1,7 +1,7 @@
-"""Products with int8 weights and activations, both with a scale for every 64 k.
+"""Products with int8 weights and activations, both with a scale for every 96 k.
 
 A word holds four k of one output, so one vector of words is 8 (AVX2) or 16 (AVX-512) outputs and four k
-deep. What a group is and how its sum is scaled: :mod:`~minipaged.ops.cpu.products_groups`. How its 64
+deep. What a group is and how its sum is scaled: :mod:`~minipaged.ops.cpu.products_groups`. How its 96
 products are added:
 
 With VNNI one instruction does it all. A byte of the weight is q + 128, hence unsigned, and the accumulators

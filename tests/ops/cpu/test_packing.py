@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minipaged.errors import ConfigError
 from minipaged.ops.cpu import packing
-from minipaged.ops.cpu.packing import allocate, array_shapes, pack, pack_rows, quantise_int4, to_bfloat16
+from minipaged.ops.cpu.packing import INT8_GROUP, allocate, array_shapes, pack, pack_rows, quantise_int4, to_bfloat16
 from minipaged.ops.cpu.products import FORMATS
 from tests.support.cpu_products import bfloat16_values, unpacked
 
@@ -49,10 +49,10 @@ def test_slabs_of_any_size_and_order_give_the_same(format, N, K, cuts):
 def test_int8_rounds_to_half_a_step():
     weight = weights(60, 50)
     packed = pack("int8", weight)
-    groups = np.pad(weight, ((0, 0), (0, 14))).reshape(60, -1, 64)
+    groups = np.pad(weight, ((0, 0), (0, INT8_GROUP - 50))).reshape(60, -1, INT8_GROUP)
     scale = np.abs(groups).max(axis=2) / 127
     assert np.allclose(packed.scale.transpose(0, 2, 1).reshape(-1, scale.shape[1])[:60], scale, rtol=1e-3)
-    steps = np.repeat(scale, 64, axis=1)[:, :50]
+    steps = np.repeat(scale, INT8_GROUP, axis=1)[:, :50]
     assert (np.abs(unpacked(packed) - weight) <= 0.6 * steps).all()  # half a step, and the rounding of the scale
     assert np.abs(unpacked(packed) - weight).mean() < 0.26 * steps.mean()
 
