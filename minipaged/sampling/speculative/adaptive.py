@@ -37,7 +37,7 @@ ALLOWANCE = 0.01  # share of all time that may be lost by speculating
 FIRST_STEPS = 3  # plain steps' worth of time that may be lost at first
 FULL_STEPS = 64  # what the purse holds at most
 FIRST_REST, LONGEST_REST = 4, 64  # steps until guessing is considered again where it did not pay; doubles
-LONGEST_PAUSE = 8  # the same where nothing was found to propose: text may begin to repeat itself at any token
+LONGEST_PAUSE = 16  # the same where nothing was found to propose: text may begin to repeat itself at any token
 
 
 class Acceptance:
