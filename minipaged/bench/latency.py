@@ -25,6 +25,7 @@ def measure(
     batch_sizes: list[int],
     repetitions: int,
     num_threads: int,
+    num_choices: int = 1,
     progress=None,
 ) -> dict:
     """TTFT and decode speed, each the median of ``repetitions`` after one warm-up.
@@ -34,6 +35,7 @@ def measure(
         num_steps: decode steps timed in a repetition.
         batch_sizes: sequences decoded together.
         num_threads: threads that read in the bandwidth measurement.
+        num_choices: more than 1 also times the first tokens of so many choices of one prompt, in turn with one.
         progress: called with a line of text as each number is known.
 
     Raises:
@@ -42,10 +44,16 @@ def measure(
     report = progress or (lambda line: None)
     for batch_size in batch_sizes:
         check_fits(engine, prompt_len, num_steps, batch_size)
+    engine.scheduler.check_admissible(prompt_len, _first_token_params(num_choices))
     bandwidth = read_bandwidth(num_threads)
     report(f"memory read bandwidth: {bandwidth / 1e9:.1f} GB/s")
     rng = random.Random(0)
-    ttft = [_first_token(engine, prompt_len, rng) for _ in range(repetitions + 1)][1:]
+    ttft, of_choices = [], []
+    for _ in range(repetitions + 1):
+        ttft.append(_first_token(engine, prompt_len, rng))
+        if num_choices > 1:
+            of_choices.append(_first_token(engine, prompt_len, rng, num_choices))
+    ttft, of_choices = ttft[1:], of_choices[1:]
     report(f"TTFT at {prompt_len} prompt tokens: {median(ttft) * 1e3:.1f} ms")
     batches = []
     for batch_size in batch_sizes:
@@ -70,6 +78,8 @@ def measure(
         "repetitions": repetitions,
         "read_bandwidth": bandwidth,
         "ttft": summary(ttft),
+        "num_choices": num_choices,
+        "ttft_of_choices": summary(of_choices) if of_choices else None,
         "decode": batches,
     }
 
@@ -100,11 +110,16 @@ def _max_tokens(engine: Engine, prompt_len: int, num_steps: int, batch_size: int
     return prefill_steps + num_steps + 1
 
 
-def _first_token(engine: Engine, prompt_len: int, rng: random.Random) -> float:
-    """Seconds from the arrival of a prompt, alone, to its first token."""
+def _first_token_params(num_choices: int) -> SamplingParams:
+    temperature = 0 if num_choices == 1 else 1  # several greedy choices would be one
+    return SamplingParams(n=num_choices, temperature=temperature, ignore_eos=True, max_tokens=1)
+
+
+def _first_token(engine: Engine, prompt_len: int, rng: random.Random, num_choices: int = 1) -> float:
+    """Seconds from the arrival of a prompt, alone, to the first token of each of its choices."""
     engine.use_policy(engine.config.policy)
     started = time.perf_counter()
-    engine.add_request(_prompt(engine, prompt_len, rng), SamplingParams(temperature=0, ignore_eos=True, max_tokens=1))
+    engine.add_request(_prompt(engine, prompt_len, rng), _first_token_params(num_choices))
     while engine.has_unfinished():
         engine.step()
     return time.perf_counter() - started

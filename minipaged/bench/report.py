@@ -109,16 +109,24 @@ def latency_text(result: dict) -> str:
         ]
         for batch in result["decode"]
     ]
+    lines = [f"TTFT at {result['prompt_len']} prompt tokens: {_times(result['ttft'], result['repetitions'])}"]
+    if result["ttft_of_choices"]:
+        ratio = result["ttft_of_choices"]["median"] / result["ttft"]["median"]
+        times = _times(result["ttft_of_choices"], result["repetitions"])
+        lines.append(f"the same for {result['num_choices']} choices of a prompt: {times}, {ratio:.2f}x")
     return (
-        f"TTFT at {result['prompt_len']} prompt tokens: {result['ttft']['median'] * 1e3:.1f} ms "
-        f"(median of {result['repetitions']}; {result['ttft']['min'] * 1e3:.1f} to "
-        f"{result['ttft']['max'] * 1e3:.1f})\n"
+        "\n".join(lines) + "\n"
         f"memory read bandwidth: {result['read_bandwidth'] / 1e9:.1f} GB/s\n\n"
         + table(
             ["batch size", "ms/step", "tokens/s", "floor, ms/step", "floor / measured"], rows, right=(0, 1, 2, 3, 4)
         )
         + "\n\nfloor: reading all weights and the batch's KV once at the measured bandwidth; 100% is the best possible."
     )
+
+
+def _times(seconds: dict, repetitions: int) -> str:
+    low, middle, high = (seconds[name] * 1e3 for name in ("min", "median", "max"))
+    return f"{middle:.1f} ms (median of {repetitions}; {low:.1f} to {high:.1f})"
 
 
 def memory_text(result: dict, definition: str) -> str:

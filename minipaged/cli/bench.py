@@ -89,6 +89,13 @@ def _configure_latency(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repetitions", type=positive_int, default=5, metavar="N", help="after one warm-up (default: 5)"
     )
+    parser.add_argument(
+        "--n",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="also time the first tokens of N choices of one prompt, in turn with those of one (default: 1)",
+    )
     add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
 
 

@@ -72,6 +72,7 @@ def latency(args: argparse.Namespace) -> tuple[str, dict]:
         batch_sizes=args.batch_size,
         repetitions=args.repetitions,
         num_threads=report.num_threads(engine),
+        num_choices=args.n,
         progress=note,
     )
     return _report("latency", context, result, report.latency_text(result))

@@ -70,6 +70,20 @@ def test_latency_times_pure_decode_steps(engine, monkeypatch):
     assert not engine.has_unfinished()
 
 
+def test_choices_of_a_prompt_cost_one_prefill(engine, monkeypatch):
+    monkeypatch.setattr(latency, "read_bandwidth", lambda num_threads: 1e9)
+    tokens = []
+    execute = engine.runner.execute
+    monkeypatch.setattr(
+        engine.runner, "execute", lambda plan, *rest: tokens.append(plan.num_tokens) or execute(plan, *rest)
+    )
+    sizes = {"prompt_len": 40, "num_steps": 1, "batch_sizes": [1], "num_threads": 1}
+    result = latency.measure(engine, repetitions=2, num_choices=4, **sizes)
+    assert tokens[:6] == [40] * 6  # one and four choices in turn, a warm-up and two repetitions: a step each
+    assert result["num_choices"] == 4 and result["ttft_of_choices"]["median"] > 0
+    assert latency.measure(engine, repetitions=1, **sizes)["ttft_of_choices"] is None
+
+
 def test_a_batch_that_does_not_fit_is_refused(engine):
     with pytest.raises(ConfigError, match="more than max_num_seqs"):
         latency.measure(engine, prompt_len=4, num_steps=1, batch_sizes=[9], repetitions=1, num_threads=1)
