@@ -219,14 +219,14 @@ def test_throughput_is_that_of_python(timing):
 @pytest.mark.real_model
 def test_submit_and_callbacks_are_prompt(timing):
     """Beside 32 busy streams, in microseconds. What else runs on this machine is not the library's doing, and is
-    seen in the tails: the best of three attempts counts."""
+    seen in the tails of callbacks: the best of three attempts counts for these, every attempt for the rest."""
     attempts = [timing("latency 32 200") for _ in range(3)]
     for found in attempts:
         print(json.dumps(found))
+        assert found["submit_us"]["median"] < 100 and found["submit_us"]["p99"] < 5000
+        assert all(found[kind]["median"] < 1000 for kind in TOKENS)
     best = min(attempts, key=lambda found: max(found[kind]["p99"] for kind in TOKENS))
-    assert best["submit_us"]["median"] < 100 and best["submit_us"]["p99"] < 5000
-    for kind in TOKENS:
-        assert best[kind]["median"] < 1000 and best[kind]["p99"] < 2000, kind
+    assert all(best[kind]["p99"] < 2000 for kind in TOKENS)
     assert best["late"] == 0  # no token came together with a later one
 
 
