@@ -22,7 +22,8 @@ from numba.core.ccallback import CFunc
 from .compile_cache import c_function
 from .elementwise import add, norm, rope
 from .memory import bytes8, compiled, floats, ints32, ints64, part_of_caller, words16, words32
-from .packing import aligned_zeros, round_up
+from .packing import round_up
+from .pages import sparse_zeros
 from .phases import PHASE_SIGNATURE, layer_at, linear_at, model_at
 
 TOKENS = 16  # keys side by side
@@ -77,7 +78,7 @@ class CpuKVCache:
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_size = layout.block_size
-        self.data = aligned_zeros((num_layers, num_blocks, layout.block_bytes), np.dtype(np.uint8))
+        self.data = sparse_zeros((num_layers, num_blocks, layout.block_bytes), np.dtype(np.uint8))
 
     @property
     def nbytes(self) -> int:
