@@ -91,6 +91,7 @@ class BlockPool:
         self.num_free = 0
         self.num_evicted = 0
         self._num_published = 0
+        self._num_touched = 0  # no block from this id on was ever taken: its memory was not written yet
         self._queue = Block(-1)  # sentinel: .next is the front, .prev the back
         self._queue.prev = self._queue.next = self._queue
         for block in self.blocks:
@@ -135,8 +136,18 @@ class BlockPool:
                 self._forget(block)
                 self.num_evicted += 1
             block.ref_cnt = 1
+            self._num_touched = max(self._num_touched, block.block_id + 1)
             self._tell("allocate", block)
         return taken
+
+    def going_on(self, block_id: int) -> int | None:
+        """The ``after`` for a sequence that ends with ``block_id`` and grows: that, or ``None``.
+
+        The system gives memory when it is first written, so a run does not go on into blocks that never were
+        while others, free and uncached, have been.
+        """
+        front = self._queue.next
+        return None if front.block_id < self._num_touched <= block_id + 1 and front.block_hash is None else block_id
 
     def share(self, blocks: Iterable[Block]) -> None:
         """Add one reference to each block; free ones leave the queue with their content."""

@@ -75,7 +75,10 @@ class BlockTable:
             NoFreeBlocksError: fewer than :meth:`num_blocks_needed` blocks are free; nothing changed.
         """
         needed = self.num_blocks_needed(start, end)
-        fresh = self.pool.allocate(needed, after=self.block_ids[-1] if self.block_ids else None) if needed else []
+        fresh = []
+        if needed:
+            after = self.pool.going_on(self.block_ids[-1]) if self.block_ids else None
+            fresh = self.pool.allocate(needed, after)
         copies = []
         for index, block in enumerate(self._written(start, end), start // self.block_size):
             if block.ref_cnt > 1:

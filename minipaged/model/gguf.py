@@ -22,6 +22,8 @@ from minipaged.model.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from minipaged.model.weight_packer import PackedRows
 
+VOCABULARY_KEYS = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "merges", "token_type"))
+
 
 class GGUFFile:
     """A GGUF file (version 2 or 3) as Hugging Face would have stored the model.
@@ -33,7 +35,7 @@ class GGUFFile:
     :class:`~minipaged.errors.UnsupportedModelError` if the header is not sound.
 
     Attributes:
-        metadata: every key of the header.
+        metadata: every key of the header; without its long lists after :meth:`forget_vocabulary`.
     """
 
     def __init__(self, path: str | Path):
@@ -103,6 +105,13 @@ class GGUFFile:
         if not isinstance(source, str):
             raise ModelFormatError(f"metadata tokenizer.chat_template is a {type(source).__name__}; it must be text.")
         return ChatTemplate(source, self._vocabulary.special_tokens())
+
+    def forget_vocabulary(self) -> None:
+        """Give back the memory of tokens, scores and merges (SmolLM2: 7 MiB); no tokenizer or template can be had
+        any more."""
+        self.__dict__.pop("_vocabulary", None)
+        for key in VOCABULARY_KEYS:
+            self.metadata.pop(key, None)
 
     @cached_property
     def _vocabulary(self) -> GGUFVocabulary:

@@ -89,7 +89,7 @@ def _load_gguf(name: str, path: Path) -> LoadedModel:
 
     file = GGUFFile(path)
     hf_config = file.hf_config()
-    return LoadedModel(
+    model = LoadedModel(
         name=name,
         path=path,
         config=config_from_hf(hf_config),
@@ -99,6 +99,8 @@ def _load_gguf(name: str, path: Path) -> LoadedModel:
         hf_config=hf_config,
         generation_config=_recommended(name),
     )
+    file.forget_vocabulary()
+    return model
 
 
 def _load_packed(name: str, path: Path, packed: PackedModel, generation_config: dict) -> LoadedModel:

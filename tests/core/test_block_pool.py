@@ -34,6 +34,23 @@ def test_a_sequence_grows_into_the_blocks_behind_it():
     assert ids(pool.allocate(3, after=5)) == [6, 7, 0], "behind it as far as possible, then the front of the queue"
 
 
+def test_a_sequence_grows_into_new_memory_only_when_no_other_is_free():
+    pool = BlockPool(8)
+    assert pool.going_on(5) == 5, "nothing was written yet"
+    gone, last = pool.allocate(2), pool.allocate(2)
+    assert pool.going_on(3) == 3, "what is free was never written"
+    pool.free(gone[:1])
+    assert pool.going_on(3) is None and ids(pool.allocate(1, pool.going_on(3))) == [0]
+    assert pool.going_on(3) == 3
+    pool.free(last[:1])
+    assert pool.going_on(1) == 1, "the block behind it was written before"
+    publish(pool, gone)
+    pool.free(gone)
+    assert ids(pool.allocate(1)) == [2]
+    assert pool.going_on(3) == 3, "new memory before what the prefix cache holds"
+    assert len(pool.allocate(4, pool.going_on(3))) == 4 and pool.going_on(7) == 7
+
+
 def test_a_run_freed_tail_first_is_a_run_again():
     pool = BlockPool(4)
     blocks = pool.allocate(4)

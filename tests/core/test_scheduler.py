@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 
 import pytest
@@ -350,3 +351,21 @@ def test_a_step_of_64_decodes_costs_well_under_a_millisecond():
         seconds.append(time.process_time() - start)
     assert len(output.scheduled) == 64
     assert min(seconds) < 1e-3
+
+
+def test_no_more_blocks_are_ever_written_than_were_in_use_at_once(mock_engine):
+    """Memory that was never written costs nothing; so what is free and was written is used first."""
+    in_use, written, most = set(), set(), 0
+
+    def follow(kind, block_id):
+        nonlocal most
+        (in_use.add if kind == "allocate" else in_use.remove)(block_id)
+        written.add(block_id)
+        most = max(most, len(in_use))
+
+    engine = mock_engine(follow, num_blocks=400, max_num_seqs=16, enable_prefix_caching=False)
+    rng = random.Random(0)
+    for i in range(60):
+        engine.add(f"r{i}", [rng.randrange(5) for _ in range(rng.randint(1, 30))], max_tokens=rng.randint(1, 30))
+    engine.drain()
+    assert len(written) == most > 100 and not in_use

@@ -1,4 +1,4 @@
-"""Loading never needs more memory than the tensors in float32, the file, and 64 MiB."""
+"""Loading never needs more memory than the weights as they are kept, the file, and 64 MiB."""
 
 from __future__ import annotations
 
@@ -36,6 +36,27 @@ before = peak()
 model = load_model(sys.argv[1])
 weights = load_weights(model.config, model.source)
 print(peak() - before)
+"""
+
+MEASURE_ENGINE = """
+import gc
+import sys
+from minipaged.config import EngineConfig
+from minipaged.engine import Engine
+
+def status(key):
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(key))
+
+first = Engine(EngineConfig("tiny", device="cpu", quantization="int8", num_blocks=32))  # all is imported and compiled
+first.close()
+del first
+gc.collect()
+with open("/proc/self/clear_refs", "w") as reset:
+    reset.write("5")  # the peak begins anew
+before = status("VmRSS")
+engine = Engine(EngineConfig(sys.argv[1], device="cpu", quantization="int8"))
+print(engine.stats().weight_bytes, engine.stats().kv_cache_bytes, status("VmHWM") - before)
 """
 
 
@@ -100,11 +121,28 @@ def test_peak_memory_of_loading(tmp_path, write):
     in_float32 = 4 * sum(int(np.prod(shape)) for shape in shapes().values())
     file_size = sum(file.stat().st_size for file in tmp_path.iterdir())
     assert in_float32 > 150 << 20 and file_size > 40 << 20
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    peak = int(run.stdout)
+    (peak,) = measure(MEASURE, path)
     print(f"{peak >> 20} MiB for {in_float32 >> 20} MiB of float32 and a file of {file_size >> 20} MiB")
     assert in_float32 <= peak <= in_float32 + file_size + ALLOWANCE
+
+
+@pytest.mark.parametrize("write", [write_gguf_file, write_safetensors])
+def test_peak_memory_of_an_engine_with_packed_weights(tmp_path, write):
+    """No copy of a weight in float32, no tensor of the file that was read already, no KV block that nobody uses."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this kernel cannot begin the peak of memory anew")
+    packed, kv_cache, peak = measure(MEASURE_ENGINE, write(tmp_path))
+    in_float32 = 4 * sum(int(np.prod(shape)) for shape in shapes().values())
+    print(f"{peak >> 20} MiB for {packed >> 20} MiB of weights, in float32 {in_float32 >> 20}")
+    assert 35 << 20 < packed < in_float32 // 3 and kv_cache > 5 << 20
+    assert packed <= peak <= packed + (32 << 20)
+
+
+def measure(program: str, path: Path) -> list[int]:
+    """The numbers that a program prints which is given the path of a model, in a process of its own."""
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return [int(word) for word in run.stdout.split()]
