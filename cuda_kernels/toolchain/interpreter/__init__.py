@@ -1,7 +1,8 @@
 """A PTX interpreter in NumPy: it runs the very PTX that a driver would load, and watches every access.
 
-``program.py`` parses; ``machine.py`` schedules threads; ``arithmetic.py``, ``conversions.py``, ``memory_access.py``
-and ``warp_operations.py`` say what instructions do; ``faults.py`` holds the check of races; ``counters.py`` counts.
+``program.py`` parses; ``machine.py`` holds threads, and ``control.py`` says who runs next; ``arithmetic.py``,
+``bits.py``, ``conversions.py``, ``memory_access.py``, ``async_copy.py`` and ``warp_operations.py`` say what
+instructions do; ``faults.py`` holds the check of races; ``counters.py`` counts.
 
 Not modelled: time, caches, the order of blocks (they run in order, and nothing may depend on it), calls,
 barriers other than 0, the grid-wide barrier, and the last bits of ``.approx`` functions and of tensor cores.

@@ -50,12 +50,14 @@ class Counters:
     ``taken`` those threads whose predicate held (of predicated instructions and selections), ``bytes`` asked for
     by threads, ``sectors`` of 32 bytes that this touched in global memory (each counted once for each warp's
     instruction), ``wavefronts`` that shared memory needed and ``ideal_wavefronts`` without bank conflicts.
+    ``steps``: basic blocks that the interpreter ran one after the other.
     """
 
     FIELDS = ("warps", "threads", "taken", "bytes", "sectors", "wavefronts", "ideal_wavefronts")
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self.steps = 0
         for name in self.FIELDS:
             setattr(self, name, np.zeros(len(program.instructions), np.int64))
 
@@ -63,6 +65,7 @@ class Counters:
         if other.program is not self.program:
             raise ValueError("counters of different programs have no sum")
         total = Counters(self.program)
+        total.steps = self.steps + other.steps
         for name in self.FIELDS:
             setattr(total, name, getattr(self, name) + getattr(other, name))
         return total

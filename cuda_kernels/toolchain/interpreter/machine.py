@@ -16,21 +16,19 @@ from cuda_kernels.toolchain.interpreter import (
     arithmetic,
     async_copy,
     bits,
+    control,
     conversions,
     memory_access,
-    warp_operations,
 )
 from cuda_kernels.toolchain.interpreter.counters import Counters
 from cuda_kernels.toolchain.interpreter.faults import Clock, KernelFault
 from cuda_kernels.toolchain.interpreter.program import DTYPES, Instruction, Program, PTXError
 
 WARP = 32
-RUNS, AT_BARRIER, AT_WARP_OPERATION = 0, 1, 2
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _BINDERS = {}
 for _module in (arithmetic, bits, conversions, memory_access, async_copy):
     _BINDERS |= _module.BINDERS
-_CONTROL = {"bra", "ret", "exit", "trap", "bar", "barrier", *warp_operations.OPERATIONS}
 MAX_STEPS = 2_000_000  # basic blocks; no kernel that ends comes near
 
 
@@ -59,8 +57,11 @@ class Machine:
         self.shared = memory_access.SharedMemory(self, program, shared_bytes)
         self.local = memory_access.LocalMemory(self, program)
         self.counters = Counters(program)
+        self.warp_operations = {}  # what happens once all the lanes named have come, by the instruction's number
+        self.num_instructions = len(program.instructions)
         self._bound = [self._bind(instruction) for instruction in program.instructions]
         self._leaders = self._find_leaders()
+        self._flows_on = [control.binder(instruction) is None for instruction in program.instructions]
 
     def _special_registers(self, everyone, shared_bytes) -> dict[str, np.ndarray]:
         in_block = everyone % self.padded
@@ -163,7 +164,7 @@ class Machine:
         self.shared.reset()
         self.local.reset()
         self.place = np.zeros(self.num_threads, np.int64)  # program counters
-        self.state = np.full(self.num_threads, RUNS, np.int8)
+        self.state = np.full(self.num_threads, control.RUNS, np.int8)
         self.done = ~self.exists
         self.copy_group = np.zeros(self.num_threads, np.int64)  # cp.async groups committed by each thread
         self.counters = Counters(self.program)
@@ -171,12 +172,13 @@ class Machine:
     def run(self, max_steps: int) -> Counters:
         with np.errstate(all="ignore"):
             for _ in range(max_steps):
-                ready = ~self.done & (self.state == RUNS)
+                ready = ~self.done & (self.state == control.RUNS)
                 if ready.any():
                     self._step(ready)
+                    self.counters.steps += 1
                 elif self.done.all():
                     return self.counters
-                elif not (self._release_warps() or self._release_blocks()):
+                elif not (control.release_warps(self) or control.release_blocks(self)):
                     places = sorted(set(self.place[~self.done].tolist()))
                     waiting = "; ".join(self.program.instructions[place].text for place in places)
                     raise KernelFault("deadlock", f"no thread can go on; they wait at: {waiting}")
@@ -184,8 +186,8 @@ class Machine:
 
     def _step(self, ready: np.ndarray) -> None:
         """From the smallest program counter to the end of its basic block."""
-        place = int(self.place.min(where=ready, initial=len(self._bound)))
-        if place == len(self._bound):
+        place = int(self.place.min(where=ready, initial=self.num_instructions))
+        if place == self.num_instructions:
             self.done |= ready
             return
         at = ready & (self.place == place)
@@ -198,7 +200,7 @@ class Machine:
         counters.warps[place:end] += warps
         for number in range(place, end):
             self._bound[number](mask)
-        if self.program.instructions[end - 1].opcode not in _CONTROL:
+        if self._flows_on[end - 1]:
             np.copyto(self.place, end, where=mask)
 
     @staticmethod
@@ -215,16 +217,16 @@ class Machine:
         """``mask`` as an array."""
         return ~self.done if mask is True else mask
 
-    # Control flow
+    # Instructions
 
     def _find_leaders(self) -> list[int]:
         """For each place, where the basic block that it lies in ends."""
         starts = set(self.program.labels.values())
         for instruction in self.program.instructions:
-            if instruction.opcode in _CONTROL:
+            if control.binder(instruction):
                 starts |= {instruction.index, instruction.index + 1}
-        ends, end = [], len(self._bound)
-        for place in reversed(range(len(self._bound))):
+        ends, end = [], self.num_instructions
+        for place in reversed(range(self.num_instructions)):
             ends.append(end)
             if place in starts:
                 end = place
@@ -232,16 +234,8 @@ class Machine:
 
     def _bind(self, instruction: Instruction):
         opcode = instruction.opcode
-        if opcode == "bra":
-            return self._bind_branch(instruction)
-        if opcode in ("ret", "exit"):
-            return self._bind_exit(instruction)
-        if opcode == "trap":
-            return self._bind_trap(instruction)
-        if opcode in ("bar", "barrier") and not instruction.has("warp"):
-            return self._bind_barrier(instruction)
-        if opcode in _CONTROL:
-            return self._bind_warp_operation(instruction)
+        if binder := control.binder(instruction):
+            return binder(self, instruction)
         packed = bool(instruction.modifiers) and instruction.type in conversions.PACKED_TYPES and opcode != "cvt"
         binder = conversions.bind_half_pair if packed else _BINDERS.get(opcode)
         if binder is None:
@@ -249,7 +243,7 @@ class Machine:
         execute = binder(self, instruction)
         if instruction.predicate is None:
             return execute
-        taken = self._guard(instruction)
+        taken = self.guard(instruction)
 
         def guarded(mask):
             some = taken(mask)
@@ -258,7 +252,7 @@ class Machine:
 
         return guarded
 
-    def _guard(self, instruction: Instruction):
+    def guard(self, instruction: Instruction):
         """A function from a mask to the threads of it whose predicate lets the instruction happen."""
         if instruction.predicate is None:
             return self.all_of
@@ -271,119 +265,6 @@ class Machine:
 
         return taken
 
-    def _bind_branch(self, instruction: Instruction):
-        target, following = self.program.labels[instruction.operands[0]], instruction.index + 1
-        taken = self._guard(instruction)
-
-        def branch(mask):
-            np.copyto(self.place, following, where=mask)
-            np.copyto(self.place, target, where=taken(mask))
-
-        return branch
-
-    def _bind_exit(self, instruction: Instruction):
-        taken = self._guard(instruction)
-
-        def leave(mask):
-            leaving = taken(mask)
-            np.copyto(self.place, instruction.index + 1, where=mask)
-            self.done |= leaving
-
-        return leave
-
-    def _bind_trap(self, instruction: Instruction):
-        taken = self._guard(instruction)
-
-        def trap(mask):
-            threads = taken(mask)
-            if threads.any():
-                raise KernelFault("trap", f"{self.who(np.flatnonzero(threads)[0])} executed it")
-            np.copyto(self.place, instruction.index + 1, where=mask)
-
-        return trap
-
-    def _bind_barrier(self, instruction: Instruction):
-        wanted = ("0",) if instruction.has("red") is False else None
-        if wanted and instruction.operands != wanted:
-            raise PTXError(f"only barrier 0 for all threads is understood, not: {instruction.text}")
-        taken = self._guard(instruction)
-
-        def arrive(mask):
-            np.copyto(self.place, instruction.index, where=mask)
-            arriving = taken(mask)
-            self.state[arriving] = AT_BARRIER
-            np.copyto(self.place, instruction.index + 1, where=self.all_of(mask) & ~arriving)
-            self._release_blocks()
-
-        return arrive
-
-    def _release_blocks(self) -> bool:
-        """Lets go those blocks whose threads all wait at one barrier or have ended."""
-        waiting = (self.state == AT_BARRIER).reshape(self.num_blocks, self.padded)
-        ended = self.done.reshape(self.num_blocks, self.padded)
-        complete = (waiting | ended).all(1) & waiting.any(1)
-        if not complete.any():
-            return False
-        places = self.place.reshape(self.num_blocks, self.padded)
-        lowest = places.min(1, where=waiting, initial=len(self._bound))
-        highest = places.max(1, where=waiting, initial=-1)
-        if (complete & (lowest != highest)).any():
-            block = int(np.flatnonzero(complete & (lowest != highest))[0])
-            texts = [self.program.instructions[place].text for place in (lowest[block], highest[block])]
-            number = self.block_name(block * self.padded)
-            raise KernelFault(
-                "divergent barrier",
-                f"threads of block {number} wait at different barriers: {texts[0]} (instruction {lowest[block]}) and "
-                f"{texts[1]} (instruction {highest[block]})",
-            )
-        released = (waiting & complete[:, None]).reshape(-1)
-        for place in set(lowest[complete].tolist()):
-            instruction = self.program.instructions[place]
-            if instruction.has("red"):
-                warp_operations.reduce_over_block(self, instruction, released & (self.place == place))
-        self.state[released] = RUNS
-        self.place[released] += 1
-        self.clock.block_time[np.repeat(complete, self.padded)] += 1
-        return True
-
-    def _bind_warp_operation(self, instruction: Instruction):
-        execute = warp_operations.OPERATIONS[instruction.opcode](self, instruction)
-        taken = self._guard(instruction)
-
-        def arrive(mask):
-            arriving = taken(mask)
-            np.copyto(self.place, instruction.index + 1, where=mask)
-            lanes = arriving.reshape(-1, WARP)
-            together = ((lanes | self.done.reshape(-1, WARP)).all(1) | ~lanes.any(1)).all()
-            if together:
-                if arriving.any():
-                    execute(True if arriving.all() else arriving)
-            else:
-                self.place[arriving] = instruction.index
-                self.state[arriving] = AT_WARP_OPERATION
-
-        self._warp_operations = getattr(self, "_warp_operations", {})
-        self._warp_operations[instruction.index] = execute
-        return arrive
-
-    def _release_warps(self) -> bool:
-        """Carries out warp operations that all the lanes they name have reached."""
-        released = False
-        waiting = self.state == AT_WARP_OPERATION
-        for place in set(self.place[waiting].tolist()):
-            here = waiting & (self.place == place)
-            instruction = self.program.instructions[place]
-            present = _as_bits(here | self.done)
-            named = warp_operations.member_mask(self, instruction).astype(np.uint64)
-            satisfied = ~here | (named & ~present == 0)
-            ready = here & np.repeat(satisfied.reshape(-1, WARP).all(1), WARP)
-            if ready.any():
-                self._warp_operations[place](ready)
-                self.state[ready] = RUNS
-                self.place[ready] = place + 1
-                released = True
-        return released
-
     # Words for faults
 
     def block_name(self, thread: int) -> str:
@@ -391,12 +272,6 @@ class Machine:
 
     def who(self, thread: int) -> str:
         return f"block {self.block_name(thread)} thread {int(thread) % self.padded}"
-
-
-def _as_bits(lanes: np.ndarray) -> np.ndarray:
-    """For every thread, its warp's ``lanes`` as a mask of 32 bits (uint64 [num_threads])."""
-    bits = (lanes.reshape(-1, WARP).astype(np.uint64) << np.arange(WARP, dtype=np.uint64)).sum(1, dtype=np.uint64)
-    return np.repeat(bits, WARP)
 
 
 def _literal(text: str, dtype: np.dtype):
