@@ -23,3 +23,11 @@ def make_device(kind: str, capability: tuple[int, int] = (8, 0)) -> Device:
     if problem := driver_facts()["problem"]:
         pytest.skip(problem)
     return HardwareDevice()
+
+
+@pytest.fixture(name="device", params=DEVICES)
+def each_device(request):
+    """``device``: each of them in turn, for the tests of a module that imports this."""
+    device = make_device(request.param)
+    yield device
+    device.close()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from tests.support.cuda_devices import DEVICES, make_device
+from tests.support.cuda_devices import each_device, make_device  # noqa: F401
 
 # isort: split
 
@@ -20,13 +20,6 @@ from minipaged.ops.cuda.weights import total_bytes
 from tests.support.cuda_machine import Machine, parity_config
 
 LENGTH = 20
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    device = make_device(request.param)
-    yield device
-    device.close()
 
 
 def token_ids(machine: Machine, count: int) -> list[np.ndarray]:

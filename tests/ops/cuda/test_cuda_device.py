@@ -5,20 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.support.cuda_devices import DEVICES, make_device
+from tests.support.cuda_devices import each_device, make_device  # noqa: F401
 
 # isort: split
 
 from cuda_kernels import activation, row_gather
 from minipaged.errors import DeviceError, OutOfDeviceMemoryError
 from minipaged.ops.cuda.device import DeviceArray, bind
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    device = make_device(request.param)
-    yield device
-    device.close()
 
 
 def gather(device, x, indices, out):

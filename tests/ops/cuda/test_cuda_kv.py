@@ -5,20 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.support.cuda_devices import DEVICES, make_device
+from tests.support.cuda_devices import each_device, make_device  # noqa: F401
 
 # isort: split
 
 from minipaged.errors import ConfigError
 from minipaged.ops.cuda import kv
 from minipaged.ops.cuda.kv import CudaKVCache, CudaKVLayout
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    device = make_device(request.param)
-    yield device
-    device.close()
 
 
 @pytest.mark.parametrize("dtype, head_dim", [("float32", 10), ("bfloat16", 8), ("int8", 12)])

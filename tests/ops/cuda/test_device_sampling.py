@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from tests.support.cuda_devices import DEVICES, make_device
+from tests.support.cuda_devices import each_device  # noqa: F401
 
 # isort: split
 
@@ -26,13 +26,6 @@ from tests.support.cuda_machine import Machine
 from tests.support.random_params import random_options
 
 LENGTH = 20
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    device = make_device(request.param)
-    yield device
-    device.close()
 
 
 @pytest.fixture
