@@ -33,9 +33,9 @@ def is_finite(x):
 
 
 @cuda.jit(device=True)
-def warp_argmax(value, index):
-    """The largest value of the 32 lanes and its index, the lowest where several are equal; no NaN."""
-    offset = 16
+def warp_argmax(value, index, lanes=WARP):
+    """The largest value of each group of ``lanes`` and its index, the lowest where several are equal; no NaN."""
+    offset = lanes // 2
     while offset > 0:
         other = cuda.shfl_xor_sync(FULL, value, offset)
         other_index = cuda.shfl_xor_sync(FULL, index, offset)

@@ -1,14 +1,14 @@
 """What the sampling kernels do with a whole block of threads: sums, maxima and places in a list.
 
-All are called by every thread of the block, with ``shared`` of at least as many elements as the block has
-warps (one more where said), and leave the same result in every thread. Sums have one fixed order.
+All are called by every thread of a block of ``argmax.THREADS``, with ``shared`` of ``argmax.WARPS`` elements, and
+leave the same result in every thread. Sums have one fixed order.
 """
 
 from __future__ import annotations
 
 from numba import cuda
 
-from cuda_kernels.argmax import warp_argmax
+from cuda_kernels.argmax import WARPS, warp_argmax
 from cuda_kernels.kernel import int32, uint32
 from cuda_kernels.reductions import WARP
 from cuda_kernels.warp import FULL
@@ -21,7 +21,7 @@ def _sum_of_warps(value, shared):
         shared[cuda.threadIdx.x // WARP] = value
     cuda.syncthreads()
     total = shared[0]
-    for warp in range(1, cuda.blockDim.x // WARP):
+    for warp in range(1, WARPS):
         total += shared[warp]
     cuda.syncthreads()
     return total
@@ -63,12 +63,29 @@ def block_place(condition, shared):
         shared[warp] = cuda.popc(here)
     cuda.syncthreads()
     place, count = int32(cuda.popc(here & uint32((1 << lane) - 1))), 0
-    for other in range(cuda.blockDim.x // WARP):
+    for other in range(WARPS):
         if other < warp:
             place += shared[other]
         count += shared[other]
     cuda.syncthreads()
     return place, count
+
+
+@cuda.jit(device=True)
+def block_max(value, shared):
+    """The largest float32; no NaN."""
+    offset = 16
+    while offset > 0:
+        value = max(value, cuda.shfl_xor_sync(FULL, value, offset))
+        offset //= 2
+    if cuda.threadIdx.x % WARP == 0:
+        shared[cuda.threadIdx.x // WARP] = value
+    cuda.syncthreads()
+    value = shared[0]
+    for warp in range(1, WARPS):
+        value = max(value, shared[warp])
+    cuda.syncthreads()
+    return value
 
 
 @cuda.jit(device=True)
@@ -79,9 +96,7 @@ def block_argmax(value, index, values, indices):
         values[cuda.threadIdx.x // WARP] = value
         indices[cuda.threadIdx.x // WARP] = index
     cuda.syncthreads()
-    value, index = values[0], indices[0]
-    for warp in range(1, cuda.blockDim.x // WARP):
-        if values[warp] > value or (values[warp] == value and indices[warp] < index):
-            value, index = values[warp], indices[warp]
+    other = cuda.threadIdx.x % WARPS  # every group of so many lanes compares all of them
+    value, index = warp_argmax(values[other], indices[other], WARPS)
     cuda.syncthreads()
     return value, index

@@ -23,7 +23,7 @@ from functools import cache
 from numba import cuda
 
 from cuda_kernels.argmax import INFINITY, THREADS, WARPS, is_finite
-from cuda_kernels.block import block_argmax, block_count, block_sum_f64, block_sum_i32
+from cuda_kernels.block import block_argmax, block_count, block_max, block_sum_f64, block_sum_i32
 from cuda_kernels.kernel import Kernel, float32, float64, int32, pointer
 
 
@@ -35,7 +35,7 @@ def next_best(logits, offset, vocab_size, last, last_token, values, indices):
     while i < vocab_size:
         logit = logits[offset + i]
         if (logit < last or (logit == last and i > last_token)) and logit > best:
-            best, best_token = logit, i
+            best, best_token = logit, int32(i)
         i += int32(THREADS)
     return block_argmax(best, best_token, values, indices)
 
@@ -54,7 +54,14 @@ def build() -> Kernel:
         if about < 0:
             about = max(token[r * 2], int32(0))
         chosen = logits[offset + about]
-        largest, _ = next_best(logits, offset, vocab_size, float32(INFINITY), int32(-1), values, indices)
+        largest = float32(-INFINITY)
+        i = thread
+        while i < vocab_size:
+            logit = logits[offset + i]
+            if logit > largest:  # no NaN is
+                largest = logit
+            i += THREADS
+        largest = block_max(largest, values)
         total, before, bad = float64(0), int32(0), False
         i = thread
         while i < vocab_size:
@@ -73,11 +80,13 @@ def build() -> Kernel:
             logprob[r] = float64(chosen) - log_total
             rank[r] = before
         last, last_token = float32(INFINITY), int32(-1)
-        first = facts[r * 4 + 3]
-        for j in range(first, first + facts[r * 4 + 2]):
+        j = facts[r * 4 + 3]
+        end = j + facts[r * 4 + 2]
+        while j < end:
             last, last_token = next_best(logits, offset, vocab_size, last, last_token, values, indices)
             if thread == 0:
                 top[2 * j], top[2 * j + 1] = float64(last_token), float64(last) - log_total
+            j += 1
 
     return Kernel(
         name="logprobs",

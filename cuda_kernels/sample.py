@@ -73,8 +73,8 @@ def likeliest(logits, offset, vocab_size, values, indices, counts):
             bad = True
         if value != value:
             value = float32(INFINITY)
-        if value > best or (value == best and i < best_index):
-            best, best_index = value, i
+        if value > best:
+            best, best_index = value, int32(i)
         i += int32(THREADS)
     largest, index = block_argmax(best, best_index, values, indices)
     return largest, index, best, block_count(bad, counts) == 0
@@ -252,21 +252,16 @@ def chunk_sums(weights, base, size, chunk, sums):
 @cuda.jit(device=True)
 def find_chunk(sums, size, chunk, u):
     """``(chunk, its sum's beginning, target)`` of the draw ``u``; by one thread."""
-    number = (size + chunk - 1) // chunk
-    total = float64(0)
-    for c in range(number):
-        total += sums[c]
+    total, number = float64(0), 0
+    while number * chunk < size:
+        total += sums[number]
+        number += 1
     target = u * total
-    before = float64(0)
-    chosen = 0
-    found = False
-    running = float64(0)
-    for c in range(number):
-        after = running + sums[c]
-        # Rounding may lift the target to the total: then it belongs to the last chunk that has weight.
-        if not found and (after > target or after >= total):
-            chosen, before, found = c, running, True
-        running = after
+    # Rounding may lift the target to the total: then it belongs to the last chunk that has weight.
+    chosen, before, after = 0, float64(0), sums[0]
+    while after <= target and after < total:
+        chosen += 1
+        before, after = after, after + sums[chosen]
     return chosen, before, target
 
 

@@ -20,12 +20,13 @@ import numpy as np
 from cuda_kernels.toolchain.compile import compile_ptx
 from cuda_kernels.toolchain.examples import Example
 from cuda_kernels.toolchain.interpreter import Counters, KernelFault, launch
+from cuda_kernels.toolchain.interpreter.machine import MAX_STEPS
 from cuda_kernels.toolchain.interpreter.program import parse
 from cuda_kernels.toolchain.memory import DeviceMemory
 from cuda_kernels.toolchain.mutation_cases import cases
 
 SURVIVORS = Path(__file__).with_name("mutation_survivors.json")
-STEPS = 40_000  # basic blocks; the examples need a tenth of it
+PATIENCE = 4  # times the basic blocks of the original: who needs more is taken to run forever
 
 _ORDER = re.compile(r"^\s*(bar\.sync|bar\.warp\.sync|barrier\.sync|cp\.async\.(?:wait_group|wait_all|commit_group))\b")
 _GUARD = re.compile(r"^(\s*)@(!?%p\d+)\s+(.*)$")
@@ -82,7 +83,7 @@ def _instructions_of_lines(ptx: str, lines: list[str]) -> dict[int, int]:
     return found
 
 
-def execute(subject: Example, ptx: str, max_steps: int = STEPS) -> tuple[list[np.ndarray], Counters]:
+def execute(subject: Example, ptx: str, max_steps: int = MAX_STEPS) -> tuple[list[np.ndarray], Counters]:
     """Runs ``ptx`` in the example's place; what all its arrays hold afterwards, and the counters."""
     memory, names = DeviceMemory(), subject.kernel.body.__code__.co_varnames
     values = [
@@ -106,10 +107,10 @@ def exercised(mutant: Mutant, counters: Counters) -> bool:
     return taken < threads if mutant.change in ("always", "always the first") else taken > 0
 
 
-def verdict(subject: Example, mutant: Mutant, expected: list[np.ndarray]) -> str:
-    """``killed: why``, or ``survived``."""
+def verdict(subject: Example, mutant: Mutant, expected: list[np.ndarray], counters: Counters) -> str:
+    """``killed: why``, or ``survived``; ``expected`` and ``counters`` are the original's."""
     try:
-        found, _ = execute(subject, mutant.ptx)
+        found, _ = execute(subject, mutant.ptx, PATIENCE * counters.steps)
     except KernelFault as fault:
         return f"killed: {fault.kind}"
     same = all(a.tobytes() == b.tobytes() for a, b in zip(found, expected, strict=True))
@@ -126,7 +127,7 @@ def sweep(name: str, cc: tuple[int, int], sorts: tuple[str, ...] = ("order", "gu
         found = "not exercised"
         for subject, expected, counters in runs:
             if exercised(mutant, counters):
-                found = verdict(subject, mutant, expected)
+                found = verdict(subject, mutant, expected, counters)
                 if found != "survived":
                     break
         yield mutant, found
