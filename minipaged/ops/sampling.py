@@ -14,6 +14,14 @@ MAX_TOP = 64
 """Likeliest tokens that are found for an ask, at most: each takes one more pass over the row."""
 
 
+def few(count: int, vocab_size: int) -> bool:
+    """Whether so many tokens, at least one, are cheaper to handle by themselves than in a row of all.
+
+    It decides in which order weights are summed, so everybody who leaves tokens out must ask here.
+    """
+    return 0 < count < vocab_size // 4
+
+
 @dataclass(slots=True)
 class Edits:
     """What a request does to its row before the temperature, in the order of the fields.

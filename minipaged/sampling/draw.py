@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 _CHUNK = 256  # weights summed together; a running sum of all would cost most of the draw
+_START = np.zeros(1, dtype=np.intp)
 
 
 def draw(weights: np.ndarray, uniform: float) -> int:
@@ -17,6 +18,10 @@ def draw(weights: np.ndarray, uniform: float) -> int:
         weights: float64 ``[n]``, none negative, not all zero; an entry of weight zero is never drawn.
         uniform: from [0, 1).
     """
+    if len(weights) <= _CHUNK:  # as below, where there is one chunk
+        cdf, total = np.cumsum(weights), np.add.reduceat(weights, _START)[0]
+        index = int(np.searchsorted(cdf, uniform * total, side="right"))
+        return index if index < len(cdf) else int(np.flatnonzero(weights)[-1])
     chunk_cdf = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _CHUNK)))
     total = chunk_cdf[-1]
     target = uniform * total

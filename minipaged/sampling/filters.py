@@ -13,6 +13,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from minipaged.ops.sampling import few
+
+_FAR = 700  # exp(-700) is a normal number
+
 
 def candidates(row: np.ndarray, largest: float, params, masked: bool = False) -> tuple[np.ndarray | None, np.ndarray]:
     """The tokens that may be drawn and their weights.
@@ -27,17 +31,30 @@ def candidates(row: np.ndarray, largest: float, params, masked: bool = False) ->
         ``(token_ids, weights)``: ids ascending, int64 ``[n]``, or ``None`` for the whole vocabulary;
         weights float64 ``[n]``, not normalised, the largest is 1.
     """
-    ids = None
-    if masked and np.count_nonzero(row > -np.inf) < len(row) // 4:  # then a subset is cheaper than the whole
-        ids = np.flatnonzero(row > -np.inf)
-        row = row[ids]
+    ids = left = None  # which are not masked, among others that are
+    if masked:
+        left = row > -np.inf
+        count = np.count_nonzero(left)
+        if count == len(row):
+            left = None
+        elif few(count, len(row)):
+            ids = np.flatnonzero(left)
+            row, left = row[ids], None
     if 0 < params.top_k < len(row):
         kept = np.flatnonzero(row >= kth_largest(row, params.top_k))
         ids = kept if ids is None else ids[kept]
-        row = row[kept]
+        row, left = row[kept], None
+    if left is not None:  # NumPy's exp is several times slower where it finds zero: give it something else meanwhile
+        floor = np.float32(largest - _FAR * params.temperature)
+        if np.count_nonzero(row >= floor) == count:
+            row = np.maximum(row, floor)
+        else:
+            left = None
     weights = np.subtract(row, largest, dtype=np.float64)
     weights /= params.temperature
     np.exp(weights, out=weights)
+    if left is not None:
+        weights *= left
     if params.min_p > 0:  # of the likeliest, which weighs 1
         ids, weights = _select(ids, weights, weights >= params.min_p)
     if params.top_p < 1:

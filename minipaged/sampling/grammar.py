@@ -24,15 +24,18 @@ import numpy as np
 
 from minipaged.errors import InvalidParameterError
 from minipaged.ops.sampling import Edits
+from minipaged.sampling.masks import mask_row
 from minipaged.sampling.processors import LogitsProcessor
 
 WHITESPACE = "[ ]?"
 """Between JSON's tokens at most one space. Unbounded white space, which JSON allows, is where a model that has
 lost its way goes in circles; a schema may choose otherwise with ``"x-guidance": {"whitespace_pattern": ...}``."""
 CACHED_GRAMMARS = 32
-_BYTES = np.arange(256, dtype=np.uint8)[:, None]
-_PENALTIES = np.where(np.unpackbits(_BYTES, axis=1, bitorder="little"), np.float32(0), np.float32(-np.inf))
-"""What eight tokens' bits add to their logits, float32 ``[256, 8]``."""
+_CHARACTER = r'[^"\\\x00-\x1F\x7F]'
+_SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{_CHARACTER}{{1,{most}}}" for most in (10, 12, 15, 30)), f"{_CHARACTER}+"]
+"""Sets of tokens, each a regular expression, that llguidance allows as a whole where it sees that all of them may
+follow: its own, for strings in JSON, and two more lengths. A tenth of a vocabulary has 11 to 15 characters, and was
+looked at one by one wherever a string has a longest length."""
 
 
 class GrammarCompiler:
@@ -91,6 +94,7 @@ class GrammarCompiler:
                 self._tokenizer.backend.to_str(),
                 n_vocab=max(self._vocab_size, self._tokenizer.vocab_size),
                 eos_token=self._eos_token_ids,
+                slices=_SLICES,
             )
         except ValueError as error:
             raise InvalidParameterError(
@@ -110,7 +114,8 @@ class Grammar(LogitsProcessor):
     def __init__(self, matcher, vocab_size: int, eos_token_ids: list[int]):
         self._matcher = matcher
         self._vocab_size = vocab_size
-        self._eos_token_ids = np.array(eos_token_ids)
+        self._eos_token_ids = np.unique(np.array(eos_token_ids, dtype=np.int64))
+        self._bits: np.ndarray | None = None  # what may follow, once it has been asked for
         # Tokens after the end of the grammar, or that it forbids (a draft's): known, but not consumed.
         self._num_outside = 0
 
@@ -124,7 +129,10 @@ class Grammar(LogitsProcessor):
             row.fill(-np.inf)
             row[self._eos_token_ids] = 0  # even if min_tokens wants more: there is no more to say
             return
-        row += _PENALTIES.take(self._allowed_bits(), axis=0).reshape(-1)[: self._vocab_size]
+        mask_row(row, self._allowed_bits(), row)
+
+    def allowed_bits(self) -> np.ndarray | None:
+        return None if self._ended() else self._allowed_bits()
 
     def describe(self, edits: Edits, output_token_ids: list[int]) -> bool:
         edits.ended = self._ended()
@@ -153,17 +161,21 @@ class Grammar(LogitsProcessor):
         None is set after a token that the grammar forbids, or if matching ran into a limit of the parser
         (which itself would then allow the end). The sampler fails such a request.
         """
-        size = -(-self._vocab_size // 8)
-        bits = b"" if self._num_outside else self._matcher.compute_bitmask()
-        if not bits or self._matcher.is_error():
-            return np.zeros(size, dtype=np.uint8)
-        return np.frombuffer(bits, dtype=np.uint8, count=size)
+        if self._bits is None:
+            size = -(-self._vocab_size // 8)
+            bits = b"" if self._num_outside else self._matcher.compute_bitmask()
+            if not bits or self._matcher.is_error():
+                bits = bytes(size)
+            self._bits = np.frombuffer(bits, dtype=np.uint8, count=size)
+        return self._bits
 
     def append(self, token_id: int) -> None:
+        self._bits = None
         if self._num_outside or not self._matcher.try_consume_tokens([token_id]):
             self._num_outside += 1
 
     def undo(self, token_id: int) -> None:
+        self._bits = None
         if self._num_outside:
             self._num_outside -= 1
         else:

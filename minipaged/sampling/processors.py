@@ -17,6 +17,11 @@ class LogitsProcessor:
         """Edit ``row`` (float32 ``[vocab]``) in place, given the tokens generated so far."""
         raise NotImplementedError
 
+    def allowed_bits(self) -> np.ndarray | None:
+        """A bit for each token, lowest first, uint8 ``[vocab / 8]``, rounded up, if masking the tokens without is all
+        that :meth:`apply` would do now; ``None``: it would do something else, or does not know."""
+        return None
+
     def spares(self, token_id: int) -> bool:
         """Whether :meth:`apply` would leave ``token_id``, the likeliest, the likeliest: a greedy draw then
         does without. It may say no without having looked."""

@@ -19,6 +19,7 @@ from minipaged.sampling.draw import draw
 from minipaged.sampling.filters import candidates
 from minipaged.sampling.logprobs import token_logprobs
 from minipaged.sampling.margins import margin
+from minipaged.sampling.masks import few_allowed, mask_row
 from minipaged.sampling.philox import uniform
 from minipaged.sampling.state import SamplingState
 
@@ -56,12 +57,19 @@ class Sampler:
     """Samples for a vocabulary of ``vocab_size`` tokens; keeps nothing from one call to the next.
 
     Args:
-        examine: does what :func:`examine` does; a backend may have a faster way.
+        examine, mask_row, few_allowed: do what :func:`examine`, :func:`~minipaged.sampling.masks.mask_row` and
+            :func:`~minipaged.sampling.masks.few_allowed` do; a backend may have a faster way.
     """
 
-    def __init__(self, vocab_size: int, examine: Callable = examine):
+    def __init__(
+        self,
+        vocab_size: int,
+        examine: Callable = examine,
+        mask_row: Callable = mask_row,
+        few_allowed: Callable = few_allowed,
+    ):
         self.vocab_size = vocab_size
-        self._examine = examine
+        self._examine, self._mask_row, self._few_allowed = examine, mask_row, few_allowed
         self._row = np.empty(vocab_size, dtype=np.float32)  # fresh memory costs more than the copy into it
 
     def sample(
@@ -100,23 +108,21 @@ class Sampler:
     def _sample_row(self, raw, state, likeliest, damaged, uniform, with_margins) -> SampledToken:
         if damaged:
             return SampledToken(-1, error=DAMAGED)
-        row = raw
+        ids, row = None, raw  # the tokens that are left, if not all, and their logits
         processors = state.processors
         if processors and not (state.params.greedy and all(p.spares(likeliest) for p in processors)):
-            row = self._row
-            row[:] = raw
-            for processor in processors:
-                processor.apply(row, state.output_token_ids)
-            likeliest = int(row.argmax())
+            ids, row, likeliest = self._processed(raw, state, whole=with_margins)
         largest = float(row[likeliest])
         if not np.isfinite(largest):
             return SampledToken(-1, error=why_not_finite(largest))
 
         token_id = likeliest
-        if not state.params.greedy:
-            ids, weights = candidates(row, largest, state.params, masked=bool(processors))
+        if not state.params.greedy and len(row) > 1:
+            kept, weights = candidates(row, largest, state.params, masked=bool(processors) and ids is None)
             index = draw(weights, uniform)
-            token_id = index if ids is None else int(ids[index])
+            token_id = index if kept is None else int(kept[index])
+        if ids is not None:
+            token_id = int(ids[token_id])
         sampled = SampledToken(token_id)
         if state.num_logprobs is not None:
             facts = token_logprobs(raw, token_id, state.num_logprobs)
@@ -124,6 +130,22 @@ class Sampler:
         if with_margins:
             sampled.margin = margin(row, state.params, uniform)
         return sampled
+
+    def _processed(self, raw, state, whole: bool) -> tuple[np.ndarray | None, np.ndarray, int]:
+        """What the processors leave of a row whose logits are finite: ids of tokens (``None``: all), their logits,
+        and the index of the largest. ``whole``: all are wanted."""
+        row, processors = self._row, state.processors
+        # Of several, the others may make an error of a logit that this one then leaves out.
+        bits = processors[0].allowed_bits() if len(processors) == 1 else None
+        if bits is not None:
+            found = None if whole else self._few_allowed(raw, bits)
+            if found is not None:
+                return *found, int(found[1].argmax())
+            return None, row, self._mask_row(raw, bits, row)
+        row[:] = raw
+        for processor in processors:
+            processor.apply(row, state.output_token_ids)
+        return None, row, int(row.argmax())
 
 
 def why_not_finite(largest: float) -> str:
