@@ -13,7 +13,7 @@ from minipaged.model.loader import LoadedModel
 from minipaged.model.weights import ModelWeights, digest
 from minipaged.ops.interface import Batch
 from minipaged.sampling.device_sampler import DeviceLogits, DeviceSampler
-from minipaged.sampling.sampler import Sampler, examine
+from minipaged.sampling.sampler import Sampler
 from minipaged.sampling.step_logits import DrawOrder, HostLogits, PromptOrder, StepLogits
 
 
@@ -42,8 +42,7 @@ class Runner:
             parts = _build_reference(model, num_threads=num_threads, **sizes)
         self.decoder, self.kv_cache, self.weight_bytes, self.embedding_bytes = parts
         self.block_size = block_size
-        examine_logits = self.decoder.examine_logits if backend.name == "cpu" else examine
-        self.sampler = Sampler(model.config.vocab_size, examine_logits)
+        self.sampler = Sampler(model.config.vocab_size)
         self.device_sampler = DeviceSampler(self.sampler) if backend.name == "cuda" else None
         # The operating system provides the memory page by page as blocks are first swapped out.
         if num_host_blocks and backend.name == "cuda":
@@ -96,7 +95,7 @@ class Runner:
         if plan.copies:
             self.kv_cache.copy_blocks(plan.copies)
         logits = self.decoder.forward(batch, self.kv_cache)
-        return HostLogits(self.sampler, logits, sample_rows, prompt_rows)
+        return HostLogits(self.sampler, logits, sample_rows, prompt_rows, self.decoder.examined)
 
 
 def build_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_size: int) -> Batch:

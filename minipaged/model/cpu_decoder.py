@@ -33,6 +33,9 @@ class CpuDecoder:
         max_num_tokens: tokens of a step, at most; the buffers are made for so many.
         kv_cache: where K and V go, in every step.
         num_threads: threads that compute, the caller's included.
+
+    Attributes:
+        examined: what :func:`minipaged.sampling.sampler.examine` says of the logits of the last step.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class CpuDecoder:
         self.weights = weights
         self.kv_cache = kv_cache
         self.max_num_tokens = max_num_tokens
+        self.examined: tuple[list[int], list[bool]] | None = None
         self.team = Team(num_threads)
         self._keep: list = []  # whatever the tables point to
         self._linears: list[tuple] = []
@@ -75,6 +79,7 @@ class CpuDecoder:
         assert kv_cache is self.kv_cache, "the tables point to the cache that the decoder was made with"
         model, num_logits = self._model, len(batch.logits_indices)
         result = np.empty((num_logits, padded_rows(self.config.vocab_size)), np.float32)
+        likeliest, magnitudes = np.empty((2, num_logits), np.int32)
         arrays = {
             "input_ids": np.ascontiguousarray(batch.input_ids, np.int32),
             "positions": np.ascontiguousarray(batch.positions, np.int32),
@@ -83,6 +88,8 @@ class CpuDecoder:
             "tiles": self._tiles(batch),
             "logits_indices": np.ascontiguousarray(batch.logits_indices, np.int32),
             "logits": result,
+            "likeliest": likeliest,
+            "magnitudes": magnitudes,
         }
         for name, array in arrays.items():
             model[name] = array.ctypes.data
@@ -93,9 +100,8 @@ class CpuDecoder:
         model["logits_stride"] = 4 * result.shape[1]
         self._counters.fill(0)
         self.team.run()
+        self.examined = logits.findings(likeliest, magnitudes)
         return result[:, : self.config.vocab_size]
-
-    examine_logits = staticmethod(logits.examine)
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""

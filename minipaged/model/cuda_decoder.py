@@ -55,6 +55,8 @@ class CudaDecoder:
         use_graphs: repeat decode steps as recorded graphs, not launch by launch.
     """
 
+    examined = None  # nothing is known of the logits of :meth:`forward` but they (cf. CpuDecoder)
+
     def __init__(
         self,
         device: Device,

@@ -17,6 +17,8 @@ class Decoder:
     ``max_model_len`` bounds ``batch.positions``; the rope tables are computed for it.
     """
 
+    examined = None  # nothing is known of the logits but they (cf. CpuDecoder)
+
     def __init__(self, config: ModelConfig, weights: ModelWeights, ops: Ops, max_model_len: int):
         self.config = config
         self.weights = weights

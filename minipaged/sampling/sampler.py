@@ -57,29 +57,29 @@ class Sampler:
     """Samples for a vocabulary of ``vocab_size`` tokens; keeps nothing from one call to the next.
 
     Args:
-        examine, mask_row, few_allowed: do what :func:`examine`, :func:`~minipaged.sampling.masks.mask_row` and
+        mask_row, few_allowed: do what :func:`~minipaged.sampling.masks.mask_row` and
             :func:`~minipaged.sampling.masks.few_allowed` do; a backend may have a faster way.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        examine: Callable = examine,
-        mask_row: Callable = mask_row,
-        few_allowed: Callable = few_allowed,
-    ):
+    def __init__(self, vocab_size: int, mask_row: Callable = mask_row, few_allowed: Callable = few_allowed):
         self.vocab_size = vocab_size
-        self._examine, self._mask_row, self._few_allowed = examine, mask_row, few_allowed
+        self._mask_row, self._few_allowed = mask_row, few_allowed
         self._row = np.empty(vocab_size, dtype=np.float32)  # fresh memory costs more than the copy into it
 
     def sample(
-        self, logits: np.ndarray, states: list[SamplingState], *, with_margins: bool = False
+        self,
+        logits: np.ndarray,
+        states: list[SamplingState],
+        *,
+        examined: tuple[list[int], list[bool]] | None = None,
+        with_margins: bool = False,
     ) -> list[SampledToken]:
         """Sample one token a row. States and logits are only read.
 
         Args:
             logits: float32 ``[S, vocab_size]``.
             states: one for each row, ``[S]``; their ``append`` is the caller's to call.
+            examined: what :func:`examine` says of ``logits``, where a backend found it out already.
             with_margins: also say how near each choice was to another one (slow; for tests).
 
         Returns:
@@ -92,7 +92,12 @@ class Sampler:
             return []
         # Extreme logits overflow on the way to a value that is then checked for being finite.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            likeliest, damaged = self._examine(logits)
+            likeliest, damaged = examined or examine(logits)
+            if not with_margins and all(state.memoryless for state in states):
+                return [
+                    SampledToken(-1, error=DAMAGED) if bad else SampledToken(token_id)
+                    for token_id, bad in zip(likeliest, damaged, strict=True)
+                ]
             uniforms = self._uniforms(states)
             return [
                 self._sample_row(row, *facts, with_margins)

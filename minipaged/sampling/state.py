@@ -67,7 +67,7 @@ class SamplingState:
     @property
     def memoryless(self) -> bool:
         """Whether the next token depends on its logits alone, and is all that is asked for."""
-        return self.params.greedy and not self.processors and self.params.logprobs is None
+        return not self.processors and self.params.logprobs is None and self.params.greedy
 
     def append(self, token_id: int) -> None:
         """Take one generated token."""

@@ -72,16 +72,23 @@ class StepLogits(Protocol):
 
 @dataclass
 class HostLogits:
-    """As :class:`StepLogits`, of ``logits``, float32 ``[rows, vocab]``."""
+    """As :class:`StepLogits`, of ``logits``, float32 ``[rows, vocab]``.
+
+    ``examined``: what :func:`~minipaged.sampling.sampler.examine` says of them, if it is known.
+    """
 
     sampler: Sampler
     logits: np.ndarray
     sample_rows: list[int]
     prompt_rows: dict[str, tuple[int, slice]]
+    examined: tuple[list[int], list[bool]] | None = None
 
     def draw(self, rows: list[int], states: list[SamplingState]) -> list[SampledToken]:
-        all_in_order = rows == list(range(len(self.logits)))
-        return self.sampler.sample(self.logits if all_in_order else self.logits[rows], states)
+        logits, examined = self.logits, self.examined
+        if rows != list(range(len(logits))):
+            logits = logits[rows]
+            examined = examined and tuple([facts[row] for row in rows] for facts in examined)
+        return self.sampler.sample(logits, states, examined=examined)
 
     def continuations(self, row: int, state: SamplingState, count: int) -> list[Continuation]:
         return continuations(self.logits[row], state, count)

@@ -18,6 +18,7 @@ from minipaged.model.safetensors_file import SafetensorsSource
 from minipaged.model.weight_packer import WeightPacker
 from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
 from minipaged.ops.interface import Batch
+from minipaged.sampling.sampler import examine
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "parity"
 CASES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
@@ -58,6 +59,7 @@ class Machine:
             logits_indices=np.arange(sum(lengths), dtype=np.int32),
         )
         logits = self.decoder.forward(batch, self.cache)
+        assert self.decoder.examined == examine(logits)
         return np.split(logits, np.cumsum(lengths)[:-1])
 
     def run(self, ids: np.ndarray, chunks: list[int], table: np.ndarray | None = None, start: int = 0) -> np.ndarray:

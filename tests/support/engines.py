@@ -46,6 +46,7 @@ def nan_logits(engine: Engine, row: int, call: int):
         logits = forward(batch, kv_cache)
         if next(calls) == call:
             logits[row, 5] = np.nan
+            engine.runner.decoder.examined = None  # of other logits
         return logits
 
     engine.runner.decoder.forward = poisoned

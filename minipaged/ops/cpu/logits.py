@@ -1,14 +1,10 @@
-"""What the sampler asks of every row of logits, in one pass over them."""
+"""What the sampler asks of every row of logits, in one pass over them while the step still has them at hand."""
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 from llvmlite import ir
-from numba.core.ccallback import CFunc
 
-from .compile_cache import c_function
 from .emit import F32, I32, Emitter, kernel, vector
 
 _LANES = 16
@@ -16,7 +12,7 @@ _EXPONENT, _MAGNITUDE = 0x7F800000, 0x7FFFFFFF
 
 
 @kernel(4)
-def _examine(e: Emitter, row, count, index_at, largest_at):
+def examine_row(e: Emitter, row, count, index_at, largest_at):
     """Index of the largest of ``count`` float32 (the first, if several are), and the bits of the largest magnitude.
 
     Floats without their signs are ordered like their bits, and NaN and infinity stand above all others.
@@ -57,26 +53,6 @@ def _examine(e: Emitter, row, count, index_at, largest_at):
     e.store(magnitude, largest_at)
 
 
-@cache
-def examine_rows() -> CFunc:
-    """Compile ``examine(logits, stride, num_rows, count, indices, largest)``: addresses, sizes in bytes, counts."""
-
-    @c_function("void(int64, int64, int64, int64, int64, int64)", "examine-logits")
-    def examine(logits, stride, num_rows, count, index_at, largest_at):
-        for row in range(num_rows):
-            _examine(logits + row * stride, count, index_at + 4 * row, largest_at + 4 * row)
-
-    return examine
-
-
-def examine(logits: np.ndarray) -> tuple[list[int], list[bool]]:
-    """As :func:`minipaged.sampling.sampler.examine`, in one pass and a quarter of the time.
-
-    Values of a row must be neighbours in memory.
-    """
-    num_rows, count = logits.shape
-    index, largest = np.empty(num_rows, np.int32), np.empty(num_rows, np.int32)
-    examine_rows().ctypes(
-        logits.ctypes.data, logits.strides[0], num_rows, count, index.ctypes.data, largest.ctypes.data
-    )
-    return index.tolist(), (largest >= _EXPONENT).tolist()
+def findings(indices: np.ndarray, largest: np.ndarray) -> tuple[list[int], list[bool]]:
+    """What :func:`examine_row` left for each row, as :func:`minipaged.sampling.sampler.examine` tells it."""
+    return indices.tolist(), (largest >= _EXPONENT).tolist()

@@ -16,6 +16,7 @@ from .compile_cache import keep
 from .elementwise import activate, add, copy, norm, scale, soft_cap
 from .embedding import embed
 from .linear import multiply, prepare_row, share
+from .logits import examine_row
 from .memory import compiled, float_bits, ints32, part_of_caller
 from .phases import call_phase
 from .tables import LAYER, LINEAR, MODEL
@@ -179,12 +180,13 @@ def step_function() -> Callable:
                 model.logits, model.logits_stride, thread, num_threads,
             )  # fmt: skip
             barrier(model.barrier, num_threads)
-            if model.final_soft_cap > 0:
-                cap = float_bits(model.final_soft_cap)
-                first, last = share(num_rows, thread, num_threads)
-                for row in range(first, last):
-                    soft_cap(model.logits + row * model.logits_stride, cap, model.vocab_size)
-                barrier(model.barrier, num_threads)
+            first, last = share(num_rows, thread, num_threads)
+            for row in range(first, last):
+                logits = model.logits + row * model.logits_stride
+                if model.final_soft_cap > 0:
+                    soft_cap(logits, float_bits(model.final_soft_cap), model.vocab_size)
+                examine_row(logits, model.vocab_size, model.likeliest + 4 * row, model.magnitudes + 4 * row)
+            barrier(model.barrier, num_threads)
             if thread == 0:
                 return 0
 

@@ -39,7 +39,8 @@ LAYER = _record(
 BATCH_FIELDS = (
     # The arrays of ops.interface.Batch; tiles: int32 [num_tiles, 4], see attention.py.
     "num_tokens input_ids positions slot_mapping block_tables block_table_stride tiles num_tiles "
-    "num_logits logits_indices logits logits_stride"
+    # Of each row of logits: index of the largest, bits of the largest magnitude (logits.py).
+    "num_logits logits_indices logits logits_stride likeliest magnitudes"
 )
 
 MODEL = _record(

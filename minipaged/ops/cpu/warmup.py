@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from .attention import attention_phase
 from .compile_cache import cache_directory
 from .kv import ITEM_BYTES, write_phase
-from .logits import examine_rows
 from .moe import experts_phase
 from .products import FORMATS, product_kernel
 from .step import step_function
@@ -31,7 +30,7 @@ def warm_up(
     ``report`` gets a line before each function that has to be compiled, and an empty one at the end;
     ``None`` shows it on standard error, if that is a terminal.
     """
-    functions: dict[str, Callable[[], object]] = {"step": step_function, "examine-logits": examine_rows}
+    functions: dict[str, Callable[[], object]] = {"step": step_function}
     functions |= {f"product-{format}": lambda format=format: product_kernel(format) for format in weight_formats}
     for dtype in kv_formats:
         functions[f"write-{dtype}"] = lambda dtype=dtype: write_phase(dtype)

@@ -7,9 +7,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from numba import njit
 
-from minipaged.ops.cpu.logits import examine
+from minipaged.ops.cpu.logits import examine_row, findings
 from minipaged.sampling.sampler import examine as examine_in_numpy
+
+
+@njit
+def run_examine(logits, stride, num_rows, count, indices, magnitudes):
+    for row in range(num_rows):
+        examine_row(logits + row * stride, count, indices + 4 * row, magnitudes + 4 * row)
+
+
+def examine(logits: np.ndarray) -> tuple[list[int], list[bool]]:
+    indices, magnitudes = np.empty((2, len(logits)), np.int32)
+    run_examine(
+        logits.ctypes.data, logits.strides[0], *logits.shape, indices.ctypes.data, magnitudes.ctypes.data
+    )  # fmt: skip
+    return findings(indices, magnitudes)
 
 
 @settings(max_examples=60, deadline=None)
