@@ -65,15 +65,14 @@ def emit_groups(format: GroupFormat, add_group: AddGroup, layout: str, e: Emitte
 
     def word(strip: Strip, step: ir.Value) -> list[ir.Value]:
         if not format.stays_in_l1:
-            strip.prefetch(e, step, single_row=not e.isa.has_vnni)
+            strip.prefetch(e, step, single_row=True)
         return strip.load(e, step, e.i32)
 
     def one_strip(strip: Strip) -> None:
         def group(g, totals):
             step = e.mul(g, format.words)
-            strip.prefetch_next_panel(e, step, format.words)
             if format.stays_in_l1:
-                strip.prefetch(e, step, format.words, single_row=not e.isa.has_vnni)
+                strip.prefetch(e, step, format.words, single_row=True)
             elif strip.is_whole_panel:
                 # The hardware does not follow a sequence that advances so slowly beside that of the weights.
                 # (One row of int8: a fifth faster. Scales of int4 come three times as fast, and are followed.)
@@ -131,8 +130,13 @@ def _load_half(e: Emitter, address: ir.Value) -> ir.Value:
     return e.fmul(e.bitcast(b.or_(magnitude, sign), e.f32), e.constant(e.f32, 2.0**112))
 
 
-def build_groups(format: GroupFormat, shapes: dict[int, int], add_group: AddGroup, layout: str) -> ProductKernel:
-    """Compile the product of a format whose groups ``add_group`` adds up, and what prepares its rows."""
+def build_groups(
+    format: GroupFormat, shapes: dict[int, int], add_group: AddGroup, layout: str, tallest_of_many: int | None = None
+) -> ProductKernel:
+    """Compile the product of a format whose groups ``add_group`` adds up, and what prepares its rows.
+
+    ``shapes`` and ``tallest_of_many``: as :func:`~minipaged.ops.cpu.tiles.product_function`.
+    """
     size, group_words = format.size, format.words
 
     @njit(inline="always")
@@ -149,7 +153,9 @@ def build_groups(format: GroupFormat, shapes: dict[int, int], add_group: AddGrou
     def row_bytes(K: int) -> int:
         return (K + size - 1) // size * (size * value_bytes(layout) + 8)
 
-    product = product_function(f"product-{format.name}", shapes, emit_tile, panel_bytes, scale_bytes)
+    product = product_function(
+        f"product-{format.name}", shapes, emit_tile, panel_bytes, scale_bytes, tallest_of_many
+    )
     prepare = prepare_groups(layout, size, None if format.has_minimum else -128)
     return ProductKernel(format.name, product.address, prepare.address, row_bytes, (product, prepare))
 

@@ -29,7 +29,7 @@ FORMAT = GroupFormat("int4", size=INT4_GROUP, words=INT4_GROUP // 8, has_minimum
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
     """Height -> width. Beside the float32 totals, the sums of the current group are live."""
     if isa.has_vnni:
-        return {1: 3, 2: 3, 3: 3, 4: 3, 5: 1, 6: 1, 7: 1, 8: 1}
+        return {1: 3, 2: 3, 3: 3, 4: 3}
     if isa.has_avx2:
         return {1: 6, 2: 2, 3: 1, 4: 1, 5: 1, 6: 1}
     return {1: 3, 2: 2, 3: 1, 4: 1}

@@ -40,7 +40,8 @@ FORMAT = GroupFormat("int8", size=INT8_GROUP, words=INT8_GROUP // 4, has_minimum
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
     """Height -> width. The sums of the current group are in registers.
 
-    The float32 totals may be in the L1 cache meanwhile: adding up a group takes much longer than fetching them.
+    The float32 totals may be in the L1 cache meanwhile, but beyond 4 rows of whole panels they must, which
+    pays only where one tile holds all rows.
     """
     panel = PANEL // isa.lanes
     if isa.has_vnni:
@@ -119,4 +120,4 @@ def build(format: str) -> ProductKernel:
         add_group, layout = add_group_pmaddubsw, "bytes"
     else:
         add_group, layout = add_group_pmaddwd, "pairs"
-    return build_groups(FORMAT, tile_shapes(isa), add_group, layout)
+    return build_groups(FORMAT, tile_shapes(isa), add_group, layout, tallest_of_many=4 if isa.has_vnni else None)

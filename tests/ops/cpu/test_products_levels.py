@@ -84,7 +84,7 @@ def assembly(emit, isa, height, width, cpu):
     """The tile as a function of its own, compiled for ``cpu``."""
     module = ir.Module()
     module.triple = "x86_64-unknown-linux-gnu"
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 11), "tile")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 12), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
     emit(Emitter(builder, isa), Tile(height, width, *function.args))
     builder.ret_void()
