@@ -114,12 +114,16 @@ class CpuDecoder:
         return found | {"lm_head": self._linear_table[self._model["lm_head"]]}
 
     def _tiles(self, batch: Batch) -> np.ndarray:
-        """Rows of (sequence, first row, queries, first position): the queries that share K and V."""
+        """Rows of (sequence, first row, queries, first position): the queries that share K and V.
+
+        The longest context first, so that the threads end together.
+        """
         size = self._queries_per_tile
         if len(batch.positions) == len(batch.context_lens):  # one token of each sequence
-            tiles = np.ones((len(batch.positions), 4), np.int32)
-            tiles[:, 0] = tiles[:, 1] = batch.query_start_loc[:-1]
-            tiles[:, 3] = batch.positions
+            order = np.argsort(batch.positions)[::-1]
+            tiles = np.ones((len(order), 4), np.int32)
+            tiles[:, 0] = tiles[:, 1] = order
+            tiles[:, 3] = batch.positions[order]
             return tiles
         lengths = np.diff(batch.query_start_loc)
         counts = -(-lengths // size)
@@ -127,7 +131,8 @@ class CpuDecoder:
         number = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
         first_row = batch.query_start_loc[sequence] + number * size
         queries = np.minimum(size, batch.query_start_loc[sequence + 1] - first_row)
-        return np.stack([sequence, first_row, queries, batch.positions[first_row]], axis=1).astype(np.int32)
+        tiles = np.stack([sequence, first_row, queries, batch.positions[first_row]], axis=1)
+        return tiles[np.argsort(tiles[:, 3])[::-1]].astype(np.int32)
 
     # -- tables -----------------------------------------------------------------------------------
 

@@ -45,9 +45,7 @@ def total(e: Emitter, count: ir.Value, value: Callable[[ir.Value, ir.Type, ir.Va
     """The scalar sum over a row; ``value(offset, type, sum)`` returns the sum with these values added."""
     groups = e.div(count, GROUP)
     wide, single = vector(F32, GROUP), vector(F32, 1)
-    sums = e.loop(
-        groups, [e.constant(wide, 0.0)], lambda i, state: [value(e.mul(i, 4 * GROUP), wide, state[0])]
-    )
+    sums = e.loop(groups, [e.constant(wide, 0.0)], lambda i, state: [value(e.mul(i, 4 * GROUP), wide, state[0])])
     first = e.mul(groups, GROUP)
     rest = e.loop(
         e.builder.and_(count, e.const(GROUP - 1)),

@@ -78,6 +78,14 @@ class Emitter:
         """``a // b`` of non-negative int64; ``b`` may be a Python int."""
         return self.builder.udiv(a, self.const(b) if isinstance(b, int) else b)
 
+    def smaller(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The smaller one of two int64."""
+        return self.builder.select(self.builder.icmp_signed("<", a, b), a, b)
+
+    def larger(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The larger one of two int64."""
+        return self.builder.select(self.builder.icmp_signed(">", a, b), a, b)
+
     # ---- memory
 
     def load(self, address: ir.Value, type_: ir.Type) -> ir.Value:
@@ -155,6 +163,26 @@ class Emitter:
         """The larger one, lane by lane, as one ``maxps``: if either is NaN, ``b``."""
         return self.builder.select(self.builder.fcmp_ordered(">", a, b), a, b)
 
+    def fmin(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The smaller one, lane by lane, as one ``minps``: if either is NaN, ``b``."""
+        return self.builder.select(self.builder.fcmp_ordered("<", a, b), a, b)
+
+    def round_to_integer(self, a: ir.Value) -> ir.Value:
+        """The nearest integer, ties to even, of lanes below 2**22 in magnitude."""
+        if self.isa.has_fma:
+            return self.call_vector("llvm.roundeven", a)
+        rounder = self.constant(a.type, 12582912.0)  # 1.5 * 2**23: adding it leaves no room for a fraction
+        return self.builder.fsub(self.fadd(a, rounder), rounder)
+
+    def scale_by_power_of_two(self, a: ir.Value, n: ir.Value) -> ir.Value:
+        """``a * 2**n`` for lanes ``n`` that are integers in [-126, 127]."""
+        if self.isa.vector_bytes == 64 and a.type.count == 16:  # vscalefps
+            arguments = [a, n, a, ir.Constant(I16, -1), ir.Constant(I32, 4)]
+            return self.call("llvm.x86.avx512.mask.scalef.ps.512", a.type, arguments)
+        integers = vector(I32, a.type.count)
+        exponent = self.builder.add(self.builder.fptosi(n, integers), self.constant(integers, 127))
+        return self.fmul(a, self.bitcast(self.builder.shl(exponent, self.constant(integers, 23)), a.type))
+
     def to_float(self, a: ir.Value) -> ir.Value:
         """int32 lanes as float32."""
         return self.builder.sitofp(a, vector(F32, a.type.count))
@@ -206,9 +234,7 @@ class Emitter:
     def call(self, name: str, returns: ir.Type, arguments: Sequence[ir.Value]) -> ir.Value:
         """Call an LLVM intrinsic by its full name."""
         signature = ir.FunctionType(returns, [argument.type for argument in arguments])
-        return self.builder.call(
-            cgutils.get_or_insert_function(self.builder.module, signature, name), list(arguments)
-        )
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), list(arguments))
 
     def call_vector(self, name: str, *arguments: ir.Value) -> ir.Value:
         """Call an intrinsic whose arguments and result all have one float32 type (vector or scalar)."""
@@ -244,6 +270,10 @@ class Emitter:
         b.branch(head)
         b.position_at_end(after)
         return current
+
+    def repeat(self, count: ir.Value, body: Callable[[ir.Value], None]) -> None:
+        """``for i in range(count): body(i)``"""
+        self.loop(count, [], lambda i, state: body(i) or state)
 
     def switch(self, value: ir.Value, cases: dict[int, Callable[[], None]]) -> None:
         """Emit one body for each integer that ``value`` may equal; no other value may occur."""

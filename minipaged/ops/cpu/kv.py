@@ -2,11 +2,14 @@
 
 A block of a layer holds ``[K of each kv_head | V of each kv_head]``. Inside a head's K, tokens come
 last, 16 together: one vector load brings the same component of 16 keys, and scores need no sums
-across lanes. V has the tokens first, each padded to whole groups of 16 components::
+across lanes. V has the tokens first, each padded to whole groups of 16 components. bfloat16 comes in pairs,
+of components in K and of tokens in V, as ``vdpbf16ps`` multiplies them::
 
-    K  [block_size / 16][head_dim][16]      (one piece [head_dim][block_size] where that is below 16)
-    V  [block_size][head_dim padded]
+              float32, int8                     bfloat16
+    K  [block_size / 16][head_dim][16]      [block_size / 16][head_dim / 2][16][2]
+    V  [block_size][head_dim padded]        [block_size / 2][head_dim padded][2]
 
+Where ``block_size`` is below 16, K is one piece with ``block_size`` in the place of 16; at 1, V has no pairs.
 ``int8`` quantises each token's K and V of a head by one scale (its largest magnitude is 127), so a
 token's KV never depends on its neighbours; the ``block_size`` float32 scales follow the values.
 """
@@ -28,6 +31,7 @@ from .phases import PHASE_SIGNATURE, layer_at, linear_at, model_at
 
 TOKENS = 16  # keys side by side
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+TERMS = {"float32": 1, "bfloat16": 2, "int8": 1}  # values that lie together
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class KVLayout:
     @property
     def k_bytes(self) -> int:
         """K of one head, scales included."""
-        return self._part(self.head_dim)
+        return self._part(round_up(self.head_dim, TERMS[self.dtype]))
 
     @property
     def v_bytes(self) -> int:
@@ -133,12 +137,6 @@ def _quantise(value, inverse):
     return np.int8(min(max(np.rint(value * inverse), np.float32(-127)), np.float32(127)))
 
 
-@compiled
-def _k_index(offset, width, dim):
-    """Where a token's first component of K lies, and the next ones every ``width`` items."""
-    return offset // width * (dim * width) + offset % width
-
-
 def _build_write(dtype: str):
     """The function that stores one token's K and V of one head.
 
@@ -151,7 +149,8 @@ def _build_write(dtype: str):
 
         @compiled
         def write_float32(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
-            source, target = floats(k, dim), floats(k_part + 4 * _k_index(offset, width, dim), dim * width)
+            first = offset // width * width * dim + offset % width
+            source, target = floats(k, dim), floats(k_part + 4 * first, dim * width)
             for i in range(dim):
                 target[i * width] = source[i]
             source, target = floats(v, dim), floats(v_part + 4 * offset * padded_dim, padded_dim)
@@ -166,20 +165,27 @@ def _build_write(dtype: str):
 
         @compiled
         def write_bfloat16(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
-            source, target = words32(k, dim), words16(k_part + 2 * _k_index(offset, width, dim), dim * width)
+            even_dim = (dim + 1) // 2 * 2
+            first = offset // width * width * even_dim + 2 * (offset % width)
+            source, target = words32(k, dim), words16(k_part + 2 * first, even_dim * width)
             for i in range(dim):
-                target[i * width] = _to_bfloat16(source[i])
-            source, target = words32(v, dim), words16(v_part + 2 * offset * padded_dim, padded_dim)
+                target[i // 2 * 2 * width + i % 2] = _to_bfloat16(source[i])
+            if dim % 2:
+                target[dim // 2 * 2 * width + 1] = 0
+            pair = min(width, 2)
+            first = offset // pair * pair * padded_dim + offset % pair
+            source, target = words32(v, dim), words16(v_part + 2 * first, pair * padded_dim)
             for i in range(dim):
-                target[i] = _to_bfloat16(source[i])
+                target[pair * i] = _to_bfloat16(source[i])
             for i in range(dim, padded_dim):
-                target[i] = 0
+                target[pair * i] = 0
 
         return write_bfloat16
 
     @compiled
     def write_int8(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
-        source, target = floats(k, dim), bytes8(k_part + _k_index(offset, width, dim), dim * width)
+        first = offset // width * width * dim + offset % width
+        source, target = floats(k, dim), bytes8(k_part + first, dim * width)
         scale = _quantisation_scale(source)
         inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
         for i in range(dim):

@@ -20,7 +20,7 @@ from .logits import examine_row
 from .memory import compiled, float_bits, ints32, part_of_caller
 from .phases import call_phase
 from .tables import LAYER, LINEAR, MODEL
-from .team import PARKED, STOP, barrier, fetch_add, wait_for_step
+from .team import PARKED, STOP, barrier, wait_for_step
 
 LAYER_BYTES = LAYER.itemsize
 
@@ -135,10 +135,8 @@ def step_function() -> Callable:
                 for row in range(first, last):
                     call_phase(model.write_phase, model.address, address, table, row, thread, num_threads)
                 barrier(model.barrier, num_threads)
-                item = fetch_add(model.counters + 8 * index, 1)
-                while item < model.num_tiles * model.num_kv_heads:  # whichever is next: items differ in length
-                    call_phase(model.attention_phase, model.address, address, table, item, thread, num_threads)
-                    item = fetch_add(model.counters + 8 * index, 1)
+                counter = model.counters + 8 * index
+                call_phase(model.attention_phase, model.address, address, table, counter, thread, num_threads)
                 barrier(model.barrier, num_threads)
                 if index == model.num_layers - 1 and model.num_logits < num_rows:
                     # K and V are written: from here on only rows whose logits are wanted matter.

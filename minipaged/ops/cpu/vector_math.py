@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from llvmlite import ir
 
-from .emit import I32, Emitter, vector
+from .emit import Emitter
 
 _LOG2_E = 1.4426950408889634
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4  # their sum is ln 2; the first has few bits: n * it is exact
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-_ROUNDER = 12582912.0  # 1.5 * 2**23: adding it leaves no room for a fraction, so it rounds to an integer
+_EXP_SHORT = (4.127772e-2, 0.16753516, 0.50005116)  # least relative error for three: 5.4e-6
 # erf as x * P(x²) / Q(x²) on |x| <= 3.8325, where float32 has reached ±1; the coefficients are Eigen's.
 _ERF_LIMIT = 3.832506856900711
 _ERF_P = (2.2905065861350646e-4, 3.4082910107109506e-3, 5.0955695062380861e-2, 0.18520832239976145, 1.128379143519084)
@@ -29,10 +29,7 @@ _ERF_Q = (
 
 def clamp(e: Emitter, x: ir.Value, low: float, high: float) -> ir.Value:
     """``x`` within ``[low, high]``; NaN passes."""
-    for limit, beyond in ((low, "<"), (high, ">")):
-        bound = e.constant(x.type, limit)
-        x = e.builder.select(e.builder.fcmp_ordered(beyond, x, bound), bound, x)
-    return x
+    return e.fmin(e.constant(x.type, high), e.fmax(e.constant(x.type, low), x))
 
 
 def polynomial(e: Emitter, x: ir.Value, coefficients: tuple[float, ...]) -> ir.Value:
@@ -46,20 +43,24 @@ def polynomial(e: Emitter, x: ir.Value, coefficients: tuple[float, ...]) -> ir.V
 def exp(e: Emitter, x: ir.Value) -> ir.Value:
     """``e**x`` within 2 units in the last place for ``x`` in [-87, 88]; beyond, the value at the limit.
 
-    x = n ln 2 + r with an integer n; a polynomial in r (Cephes' ``expf``) is scaled by 2**n, whose
-    bits are n + 127 in the exponent. ``exp(0)`` is exactly 1.
+    x = n ln 2 + r with an integer n; a polynomial in r (Cephes' ``expf``) is scaled by 2**n. ``exp(0)`` is exactly 1.
     """
+    return _exp(e, clamp(e, x, -87.0, 88.0), _EXP)
+
+
+def short_exp(e: Emitter, x: ir.Value) -> ir.Value:
+    """``e**x`` within 6e-6 of it for ``x`` in [-87, 0], and at -87 below: for results that become bfloat16."""
+    return _exp(e, e.fmax(e.constant(x.type, -87.0), x), _EXP_SHORT)
+
+
+def _exp(e: Emitter, x: ir.Value, coefficients: tuple[float, ...]) -> ir.Value:
     b = e.builder
-    x = clamp(e, x, -87.0, 88.0)
-    rounder = e.constant(x.type, _ROUNDER)
-    n = b.fsub(b.fadd(b.fmul(x, e.constant(x.type, _LOG2_E)), rounder), rounder)
+    n = e.round_to_integer(b.fmul(x, e.constant(x.type, _LOG2_E)))
     r = e.fma(n, e.constant(x.type, -_LN2_HIGH), x)
     r = e.fma(n, e.constant(x.type, -_LN2_LOW), r)
-    y = polynomial(e, r, _EXP)
+    y = polynomial(e, r, coefficients)
     y = b.fadd(e.fma(y, b.fmul(r, r), r), e.constant(x.type, 1.0))
-    integers = vector(I32, x.type.count)
-    exponent = b.add(b.fptosi(n, integers), e.constant(integers, 127))
-    return b.fmul(y, b.bitcast(b.shl(exponent, e.constant(integers, 23)), x.type))
+    return e.scale_by_power_of_two(y, n)
 
 
 def tanh(e: Emitter, x: ir.Value) -> ir.Value:

@@ -57,8 +57,8 @@ class Layer:
         tiles = np.array([(0, start, size, start) for start, size in zip(starts, tile_sizes, strict=True)], np.int32)
         self.model["tiles"], self.model["num_tiles"] = tiles.ctypes.data, len(tiles)
         self.attended[...] = np.nan
-        for item in range(len(tiles) * self.kv_heads):
-            attention.attention_phase(self.dtype).ctypes(*self._addresses(), item, 0, 1)
+        counter = np.zeros(1, np.int64)
+        attention.attention_phase(self.dtype).ctypes(*self._addresses(), counter.ctypes.data, 0, 1)
         return self.attended.reshape(self.length, self.heads, self.dim).copy()
 
     def expected(self) -> np.ndarray:
@@ -86,6 +86,8 @@ class Layer:
         (90, {"window": 5}),
         (90, {"window": 33, "block_size": 4}),
         (40, {"soft_cap": 2.0, "heads": 8, "kv_heads": 2}),
+        (300, {"heads": 5}),  # tiles of 9 queries: one lies in two chunks
+        (300, {"heads": 7, "window": 20}),
         (700, {}),  # three chunks
         (700, {"window": 300, "soft_cap": 5.0, "block_size": 256}),
     ],

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from numba import njit
 
-from minipaged.ops.cpu import elementwise
+from minipaged.ops.cpu import elementwise, vector_math
+from minipaged.ops.cpu.elementwise import for_values
 from minipaged.ops.cpu.embedding import FORMATS, embed
+from minipaged.ops.cpu.emit import kernel
 from minipaged.ops.cpu.packing import pack, to_bfloat16
 from minipaged.ops.reference import activations, norms
 from minipaged.ops.reference.rope import rope as reference_rope
@@ -51,6 +53,18 @@ def run_rope(*args):
 @njit
 def run_activate(*args):
     elementwise.activate(*args)
+
+
+@kernel(3)
+def short_exp(e, x, out, count):
+    for_values(
+        e, count, lambda at, type_: e.store(vector_math.short_exp(e, e.load(e.add(x, at), type_)), e.add(out, at))
+    )
+
+
+@njit
+def run_short_exp(*args):
+    short_exp(*args)
 
 
 @njit
@@ -129,3 +143,12 @@ def test_embeddings(name):
             addresses = packed.addresses[:2]
         run_embed(FORMATS[name], *addresses, token, address(out), 18)
         np.testing.assert_allclose(out, table[token], atol=tolerance * np.abs(table[token]).max())
+
+
+def test_short_exp():
+    x = np.concatenate([-np.geomspace(1e-6, 87, 4000), [0.0, -200.0, -np.inf, np.nan]]).astype(np.float32)
+    out = np.empty_like(x)
+    run_short_exp(address(x), address(out), len(x))
+    expected = np.exp(np.maximum(x.astype(np.float64), -87))
+    np.testing.assert_allclose(out, expected, rtol=6e-6)
+    assert out[4000] == 1
