@@ -3,7 +3,8 @@
 ``cuda.bindings`` finds every driver function by asking ``libcuda.so.1`` for it. :func:`install` puts a library of
 that name into this process, which asks Python instead, so the functions of :class:`FakeDriver` are the driver.
 What a real one punishes is refused here too: a call from a thread without the context, addresses that were never
-allocated, copies of more than an allocation has, and anything but launches while a stream is captured.
+allocated, copies of more than an allocation has, and anything but launches while a stream is captured; what fails
+meanwhile spoils the capture.
 
 Device memory is the PTX interpreter's, and with ``interpret`` it runs the launches, which are noted in
 ``launches`` in any case: the whole path to a card is walked, up to the card.
@@ -41,12 +42,14 @@ int cuGetProcAddress_v2(const char *name, void **function, int version, unsigned
 }
 """
 INVALID_VALUE, OUT_OF_MEMORY, INVALID_CONTEXT, NOT_FOUND, UNSUPPORTED_IN_CAPTURE = 1, 2, 201, 500, 900
+INVALID_CAPTURE = 901
 ERRORS = {
     INVALID_VALUE: (b"CUDA_ERROR_INVALID_VALUE", b"invalid argument"),
     OUT_OF_MEMORY: (b"CUDA_ERROR_OUT_OF_MEMORY", b"out of memory"),
     INVALID_CONTEXT: (b"CUDA_ERROR_INVALID_CONTEXT", b"invalid device context"),
     NOT_FOUND: (b"CUDA_ERROR_NOT_FOUND", b"named symbol not found"),
     UNSUPPORTED_IN_CAPTURE: (b"CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", b"operation not permitted when capturing"),
+    INVALID_CAPTURE: (b"CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", b"operation failed due to a previous error"),
     218: (b"CUDA_ERROR_INVALID_PTX", b"a PTX JIT compilation failed"),
     700: (b"CUDA_ERROR_ILLEGAL_ADDRESS", b"an illegal memory access was encountered"),
 }
@@ -85,6 +88,7 @@ class FakeDriver:
         self.graphs: dict[int, list[Launched]] = {}
         self.dynamic_shared: dict[int, int] = {}
         self.capturing: list[Launched] | None = None
+        self.capture_is_valid = True
         self.launches: list[Launched] = []
         self.graph_launches = self.num_context_switches = 0
         self.copies: list[tuple[str, int]] = []
@@ -263,12 +267,15 @@ class FakeDriver:
     def cuStreamBeginCapture(self, stream: P, mode: INT):
         self._need_context()
         self._not_capturing()
-        self.capturing = []
+        self.capturing, self.capture_is_valid = [], True
 
     def cuStreamEndCapture(self, stream: P, out: P):
         require(self.capturing is not None)
+        captured, self.capturing = self.capturing, None
+        if not self.capture_is_valid:
+            raise DriverFailure(INVALID_CAPTURE)
         handle = next(self._handles)
-        self.graphs[handle], self.capturing = self.capturing, None
+        self.graphs[handle] = captured
         write(out, P, handle)
 
     def cuGraphInstantiateWithFlags(self, out: P, graph: P, flags: U64):
@@ -369,6 +376,7 @@ def _callback(name: str):
         try:
             getattr(_installed["driver"], name)(*arguments)
         except DriverFailure as failure:
+            _installed["driver"].capture_is_valid = False
             return failure.args[0]
         return 0
 

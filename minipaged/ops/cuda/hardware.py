@@ -180,8 +180,12 @@ class _Graph:
             call("cuStreamBeginCapture", device._stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
             try:
                 device.run(calls)
-            finally:
-                graph = call("cuStreamEndCapture", device._stream)
+            except DeviceError:
+                # The stream must leave its capture, which the failure has made invalid: that is said again here.
+                with contextlib.suppress(DeviceError):
+                    call("cuGraphDestroy", call("cuStreamEndCapture", device._stream))
+                raise
+            graph = call("cuStreamEndCapture", device._stream)
         device.num_launches -= len(calls)  # they were noted down, not started
         self._executable = call("cuGraphInstantiate", graph, 0)
         call("cuGraphDestroy", graph)

@@ -98,6 +98,22 @@ def test_what_another_thread_asks_for_is_not_captured(driver, call, monkeypatch)
     assert found[0].shape == (3, 4)
 
 
+def test_a_launch_that_fails_while_it_is_recorded_is_what_the_error_names(driver, call, monkeypatch):
+    call, device, arrays = call
+    run = device.run
+
+    def fail(calls):
+        driver.fail_next = 1
+        run(calls)
+
+    monkeypatch.setattr(device, "run", fail)
+    with pytest.raises(DeviceError, match="cuLaunchKernel failed on Imaginary card: CUDA_ERROR_INVALID_VALUE"):
+        device.record([call])
+    monkeypatch.undo()
+    device.record([call]).launch()  # the stream is as good as before
+    assert len(driver.launches) == 1 and arrays[2].to_host().shape == (2, 4)
+
+
 @pytest.mark.parametrize(
     "edits, logprobs, kernels",
     [
