@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from tests.support.cuda_devices import make_device
 # isort: split
 
 from minipaged import LLM, SamplingParams
-from minipaged.errors import BackendUnavailableError, ConfigError, OutOfDeviceMemoryError
+from minipaged.bench import kernels
+from minipaged.errors import BackendUnavailableError, ConfigError, DownloadError, OutOfDeviceMemoryError
+from minipaged.model import catalog
 from minipaged.ops.cuda import available, emulated
 from tests.support.engines import assert_all_blocks_back, generate, make_engine, run_to_end
 
@@ -73,6 +76,25 @@ def test_golden_tokens_from_the_prefix_cache(emulate):
     stats = engine.stats()
     assert stats.num_prompt_tokens_cached > 0
     assert_all_blocks_back(engine)
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_launches_of_smollm2(emulate):
+    """Of one decode step: 8 a layer, 9 where blocks share a long context, and 4 around the layers."""
+    try:
+        path = catalog.resolve("smollm2-135m")
+    except DownloadError as error:
+        pytest.skip(f"the model is not in the cache and cannot be pulled: {error}")
+    engine = cuda_engine(str(path), dtype="float16", block_size=16, num_blocks=64, max_num_seqs=1)
+    assert engine.runner.decoder.config.num_layers == 30
+    for context, per_layer in ((512, 8), (513, 9)):
+        calls = engine.runner.decoder.plan_step(kernels._batch(engine, 1, 1, context))
+        names = Counter(call.kernel.name for call in calls)
+        assert len(calls) == 30 * per_layer + 4, names
+        assert names["embedding"] == names["sample"] == 1 and names["rms_norm"] == 2 * 30 + 1
+        assert names["attention_reduce"] == 30 * (per_layer - 8)
+    engine.close()
 
 
 def test_emulation_is_loud_and_never_chosen_unasked(emulate, caplog):
