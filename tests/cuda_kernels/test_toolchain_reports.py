@@ -30,7 +30,8 @@ EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 
 GUARDS_SLOW = ("rms_norm", "layer_norm", "rope_kv", "moe_route", "moe_sort", "moe_combine", "argmax")
 GUARDS_SLOW += ("product_plain", "product_float16", "product_int8", "product_int4")
-GUARDS_SLOW += ("attention_plain", "attention_decode", "attention_reduce")
+GUARDS_SLOW += ("attention_plain", "attention_prefill", "attention_decode", "attention_decode_split")
+GUARDS_SLOW += ("attention_reduce", "logprobs")
 
 
 def build(factor=2, guarded=True, name="scale"):
@@ -136,7 +137,7 @@ def test_lost_order_is_noticed(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["embedding", "activation", "soft_cap", "row_gather", "copy_blocks"]
+    ["embedding", "activation", "soft_cap", "row_gather", "copy_blocks", "process_logits"]
     + [pytest.param(name, marks=pytest.mark.slow) for name in GUARDS_SLOW],
 )
 def test_a_lost_guard_is_noticed(name):
