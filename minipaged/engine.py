@@ -231,8 +231,9 @@ class Engine(Observed):
         if not plan.scheduled:
             return
         began = time.monotonic()
-        orders = self._orders(plan)
-        logits = self.runner.execute(plan, self._prompt_orders(plan), [order for _, order in orders])
+        sequences = self._live.of(plan.scheduled)
+        orders = self._orders(plan, sequences)
+        logits = self.runner.execute(plan, self._prompt_orders(sequences), [order for _, order in orders])
         computed = time.monotonic()
         self.scheduler.swap.note_computed(plan.num_tokens, computed - began)
         failed = self._take_prompt_logprobs(logits)
@@ -243,7 +244,7 @@ class Engine(Observed):
             self.scheduler.abort(sequence_id)  # before the update, which would publish its KV for others
         num_accepted = self.speculator.verify(plan, logits, drawn) if drafts else {}
         self.scheduler.update(plan, num_accepted=num_accepted)
-        self._process(plan, drawn, failed, started, sampled, deliver)
+        self._process(plan, sequences, drawn, failed, started, sampled, deliver)
         if self.config.check_integrity:
             self.scheduler.check()
         ended = time.monotonic()
@@ -266,12 +267,12 @@ class Engine(Observed):
             self.runner.swap(plan)
             self.scheduler.swap.note_copies(num_blocks, time.monotonic() - began)
 
-    def _orders(self, plan: SchedulerOutput) -> list[tuple[Sequence, DrawOrder]]:
+    @staticmethod
+    def _orders(plan: SchedulerOutput, sequences: list[Sequence]) -> list[tuple[Sequence, DrawOrder]]:
         """The sequences that sample in this step, and what is wanted of their logits."""
         found = []
-        for scheduled in plan.scheduled:
+        for scheduled, sequence in zip(plan.scheduled, sequences, strict=True):
             if scheduled.samples:
-                sequence = self._live[scheduled.request_id]
                 order = sequence.group.order(sequence)
                 if scheduled.num_lookahead_tokens:
                     order.draft_token_ids = scheduled.token_ids[-scheduled.num_lookahead_tokens :]
@@ -298,6 +299,7 @@ class Engine(Observed):
     def _process(
         self,
         plan: SchedulerOutput,
+        sequences: list[Sequence],
         drawn: dict[str, list[SampledToken]],
         failed: dict[str, str],
         started: float,
@@ -306,14 +308,11 @@ class Engine(Observed):
     ) -> None:
         """Hand tokens to their groups, and to the callers what they should see of each group.
 
-        Groups are told one after the other as they are complete: the first caller does not wait until the
-        last one's text is made.
+        Groups are told one after the other as they are complete, not when the last one's text is made.
         """
-        # All are looked up first: a beam search may end sequences of this plan on its way.
-        work = [(scheduled, self._live[scheduled.request_id]) for scheduled in plan.scheduled]
-        last = {sequence.group: index for index, (_, sequence) in enumerate(work)}
+        last = {sequence.group: index for index, sequence in enumerate(sequences)}
         touched: set[SequenceGroup] = set()
-        for index, (scheduled, sequence) in enumerate(work):
+        for index, (scheduled, sequence) in enumerate(zip(plan.scheduled, sequences, strict=True)):
             group = sequence.group
             group.note_scheduled(started)
             if scheduled.request_id in failed:
@@ -344,9 +343,10 @@ class Engine(Observed):
             if not sequence.output.finished:  # what was verified beyond a stop string is not wanted
                 sequence.group.take(sequence, [token], self._live)
 
-    def _prompt_orders(self, plan: SchedulerOutput) -> dict[str, PromptOrder]:
-        orders = {s.request_id: self._live[s.request_id].group.prompt_order() for s in plan.scheduled}
-        return {sequence_id: order for sequence_id, order in orders.items() if order is not None}
+    @staticmethod
+    def _prompt_orders(sequences: list[Sequence]) -> dict[str, PromptOrder]:
+        groups = {each.request.request_id: each.group for each in sequences if each.group.prompt_logprobs is not None}
+        return {sequence_id: group.prompt_order() for sequence_id, group in groups.items()}
 
     def _take_prompt_logprobs(self, logits: StepLogits) -> dict[str, str]:
         """Keep this step's; returns by sequence id what went wrong."""

@@ -6,6 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from minipaged.core.scheduler import Scheduler
+from minipaged.core.scheduler_output import ScheduledSequence
 
 if TYPE_CHECKING:
     from minipaged.sequence_group import Sequence
@@ -20,6 +21,10 @@ class LiveSequences:
 
     def __getitem__(self, sequence_id: str) -> Sequence:
         return self._sequences[sequence_id]
+
+    def of(self, scheduled: list[ScheduledSequence]) -> list[Sequence]:
+        """The sequences of a plan; a step may end some of them on its way."""
+        return [self._sequences[each.request_id] for each in scheduled]
 
     def add(self, sequence: Sequence) -> None:
         """Queue the first sequence of a group. Raises as :meth:`Scheduler.add`."""

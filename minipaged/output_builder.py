@@ -69,8 +69,8 @@ class OutputBuilder:
                 self.stop_reason = token_id
             self._finish("stop", last=[token_id] if self.params.include_stop_str_in_output else ())
         else:
-            self._push(self._detokenizer.append([token_id]), may_stop)
-            if not self.finished and len(self.token_ids) >= self.params.max_tokens:
+            self._push(self._detokenizer.push(token_id), may_stop)
+            if self.finish_reason is None and len(self.token_ids) >= self.params.max_tokens:
                 self._finish("length")
 
     def fork(self) -> OutputBuilder:

@@ -138,12 +138,13 @@ def _decode_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_si
         block, offset = divmod(position, block_size)
         row[: block + 1] = sequence.block_ids[: block + 1]
         slots.append(sequence.block_ids[block] * block_size + offset)
+    computed = np.array(positions, dtype=np.int32)
     return Batch(
         input_ids=np.array([s.token_ids[0] for s in scheduled], dtype=np.int32),
-        positions=np.array(positions, dtype=np.int32),
+        positions=computed,
         slot_mapping=np.array(slots, dtype=np.int64),
         query_start_loc=np.arange(count + 1, dtype=np.int32),
-        context_lens=np.array(positions, dtype=np.int32) + np.int32(1),
+        context_lens=computed + np.int32(1),
         block_tables=block_tables,
         logits_indices=rows,
     )
@@ -153,6 +154,9 @@ def _wanted_rows(
     scheduled: list[ScheduledSequence], prompts: dict[str, PromptOrder]
 ) -> tuple[np.ndarray, list[int], dict[str, tuple[int, slice]]]:
     """Which tokens of the step need logits, and where those logits will be found."""
+    if not prompts and len(scheduled[-1].token_ids) == 1:  # sequences with more tokens than one come last
+        wanted = [row for row, sequence in enumerate(scheduled) if sequence.samples]
+        return np.array(wanted, dtype=np.int32), list(range(len(wanted))), {}
     rows: list[int] = []
     sample_rows: list[int] = []
     prompt_rows: dict[str, tuple[int, slice]] = {}

@@ -115,11 +115,9 @@ class SequenceGroup:
         """What is wanted of the sequence's row of logits."""
         return DrawOrder([drawn.sampling for drawn in self._continuing(sequence)])
 
-    def prompt_order(self) -> PromptOrder | None:
-        """What is still wanted of the prompt's logits. (A preempted request computes its prompt again, and must not
+    def prompt_order(self) -> PromptOrder:
+        """What is still wanted of the prompt's logits, if ``prompt_logprobs`` is not ``None``. (A preempted request computes its prompt again, and must not
         report it twice.)"""
-        if self.prompt_logprobs is None:
-            return None
         return PromptOrder(self.prompt_token_ids, self.params.prompt_logprobs, len(self.prompt_logprobs) - 1)
 
     def take_prompt_logprobs(self, logits: StepLogits, first: int, rows: slice, tokenizer: Tokenizer) -> None:
@@ -140,12 +138,14 @@ class SequenceGroup:
             live.append(member, token.token_id)
             member.sampling.append(token.token_id)
             member.output.append(token)
-            if member.output.finished:
+            if member.output.finish_reason is not None:
                 live.finish(member)
-        self._note_end()
+                self._note_end()
 
     def _continuing(self, sequence: Sequence) -> list[Sequence]:
         """The sequence, and those that are to be forked from it now."""
+        if len(self.sequences) == 1:
+            return [sequence]
         return [sequence, *(sibling for sibling in self.sequences if sibling.request is None)]
 
     def fail(self, sequence: Sequence, error: str, live: LiveSequences) -> None:

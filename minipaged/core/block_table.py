@@ -54,6 +54,15 @@ class BlockTable:
     #   └── only read ┴─ copied ────┴── allocated ───────────┘
     #         shared     B → B'
 
+    def is_writable(self, start: int, end: int) -> bool:
+        """Whether positions ``[start, end)`` can be written as the table is: most often it can, for many steps."""
+        if end > len(self.blocks) * self.block_size:
+            return False
+        for block in self.blocks[start // self.block_size : (end + self.block_size - 1) // self.block_size]:
+            if block.ref_cnt > 1 or block.block_hash is not None:
+                return False
+        return True
+
     def num_blocks_needed(self, start: int, end: int) -> int:
         """Free blocks that :meth:`append_slots` would take: new ones, and copies of shared ones."""
         new = (end + self.block_size - 1) // self.block_size - len(self.blocks)

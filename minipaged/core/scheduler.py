@@ -235,18 +235,19 @@ class Scheduler:
             if request is None or request.status is not RequestStatus.RUNNING:
                 continue  # aborted since; a new request of the same id is still waiting
             start = sequence.num_computed_tokens
-            wrong = sequence.num_lookahead_tokens - num_accepted.get(request.request_id, 0)
-            end = start + len(sequence.token_ids) - wrong
+            end = start + len(sequence.token_ids)
+            if sequence.num_lookahead_tokens:
+                end -= sequence.num_lookahead_tokens - num_accepted.get(request.request_id, 0)
             request.num_computed_tokens = end
-            if wrong:
+            if end < start + len(sequence.token_ids):
                 self._roll_back(request)
             if start < request.num_prompt_tokens:
                 self.num_prompt_tokens_computed += min(end, request.num_prompt_tokens) - start
-            self.prefix_cache.publish(request)
+            if end // self.config.block_size > request.num_published_blocks:
+                self.prefix_cache.publish(request)
             request.use_prefix_cache = request.use_prefix_cache or sequence.samples  # all prompt logits were seen
             request.awaits_token = sequence.samples
-            tokens = new_tokens.get(request.request_id)
-            if tokens:
+            if new_tokens and (tokens := new_tokens.get(request.request_id)):
                 self.append(request.request_id, tokens)
 
     def _roll_back(self, request: Request) -> None:
@@ -270,14 +271,13 @@ class Scheduler:
 
     def _continue_running(self, output: SchedulerOutput) -> None:
         """One token for each decoding request, chunks of prompt for the others, best first."""
-        uncomputed = [request.num_tokens - request.num_computed_tokens for request in self.running]
+        uncomputed = [len(request.token_ids) - request.num_computed_tokens for request in self.running]
         chunk_budget = self.config.max_num_batched_tokens - uncomputed.count(1)
-        for request in self.running:  # preempting shortens the list at its end, never before `request`
-            num_tokens = request.num_tokens - request.num_computed_tokens
+        for request, num_tokens in zip(self.running, uncomputed, strict=False):  # preempting shortens the list's end
             if num_tokens > 1:
                 num_tokens = min(num_tokens, chunk_budget)
                 chunk_budget -= num_tokens
-            if num_tokens and self._make_room(request, num_tokens, output):
+            if num_tokens and self._make_writable(request, num_tokens, output):
                 self._schedule(request, num_tokens, output)
 
     def _admit_waiting(self, output: SchedulerOutput) -> None:
@@ -293,7 +293,9 @@ class Scheduler:
                 break
             self._start(request, hits)
             self.swap.restore(request, output)
-            self._schedule(request, min(budget, request.num_tokens - request.num_computed_tokens), output)
+            num_tokens = min(budget, request.num_tokens - request.num_computed_tokens)
+            self._make_writable(request, num_tokens, output)
+            self._schedule(request, num_tokens, output)
 
     def _next_waiting(self) -> Request | None:
         """The first that has something to compute (a preempted one may await its token)."""
@@ -302,7 +304,6 @@ class Scheduler:
     def _schedule(self, request: Request, num_tokens: int, output: SchedulerOutput) -> None:
         start = request.num_computed_tokens
         end = start + num_tokens
-        output.copies += request.block_table.append_slots(start, end)
         output.num_tokens += num_tokens
         output.scheduled.append(
             ScheduledSequence(
@@ -310,7 +311,7 @@ class Scheduler:
                 request.token_ids[start:end],
                 start,
                 request.block_table.block_ids.copy(),
-                end == request.num_tokens,
+                end == len(request.token_ids),
             )
         )
 
@@ -350,13 +351,17 @@ class Scheduler:
     def _reserve(self, request: Request) -> None:
         request.block_table.append_slots(request.num_computed_tokens, request.num_tokens)
 
-    def _make_room(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
-        """Preempt from the worst until the blocks are free; the worst itself just waits a step."""
-        start = request.num_computed_tokens
-        while request.block_table.num_blocks_needed(start, start + num_tokens) > self.pool.num_free:
+    def _make_writable(self, request: Request, num_tokens: int, output: SchedulerOutput) -> bool:
+        """Give tokens their slots, preempting from the worst where blocks lack; the worst itself just waits a step."""
+        start, table = request.num_computed_tokens, request.block_table
+        end = start + num_tokens
+        if table.is_writable(start, end):
+            return True
+        while table.num_blocks_needed(start, end) > self.pool.num_free:
             if self.running[-1] is request:
                 return False
             self._preempt(self.running[-1], output)
+        output.copies += table.append_slots(start, end)
         return True
 
     def _worst_idle(self) -> Request | None:

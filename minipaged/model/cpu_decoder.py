@@ -79,7 +79,7 @@ class CpuDecoder:
         assert kv_cache is self.kv_cache, "the tables point to the cache that the decoder was made with"
         model, num_logits = self._model, len(batch.logits_indices)
         result = np.empty((num_logits, padded_rows(self.config.vocab_size)), np.float32)
-        likeliest, magnitudes = np.empty((2, num_logits), np.int32)
+        found = np.empty((2, num_logits), np.int32)
         arrays = {
             "input_ids": np.ascontiguousarray(batch.input_ids, np.int32),
             "positions": np.ascontiguousarray(batch.positions, np.int32),
@@ -88,8 +88,8 @@ class CpuDecoder:
             "tiles": self._tiles(batch),
             "logits_indices": np.ascontiguousarray(batch.logits_indices, np.int32),
             "logits": result,
-            "likeliest": likeliest,
-            "magnitudes": magnitudes,
+            "likeliest": found[0],
+            "magnitudes": found[1],
         }
         for name, array in arrays.items():
             model[name] = array.ctypes.data
@@ -100,7 +100,7 @@ class CpuDecoder:
         model["logits_stride"] = 4 * result.shape[1]
         self._counters.fill(0)
         self.team.run()
-        self.examined = logits.findings(likeliest, magnitudes)
+        self.examined = logits.findings(found)
         return result[:, : self.config.vocab_size]
 
     def close(self) -> None:

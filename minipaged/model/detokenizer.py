@@ -53,7 +53,11 @@ class IncrementalDetokenizer:
 
     def append(self, token_ids: Sequence[int]) -> str:
         """The text that became certain with these tokens; often that of one token, maybe ``""``."""
-        return "".join([self._text.push(token_id) for token_id in token_ids if token_id not in self._special])
+        return "".join(map(self.push, token_ids))
+
+    def push(self, token_id: int) -> str:
+        """As :meth:`append`, of one token."""
+        return "" if token_id in self._special else self._text.push(token_id)
 
     def flush(self) -> str:
         """The text still held back, now that no token will follow."""

@@ -53,6 +53,10 @@ def examine_row(e: Emitter, row, count, index_at, largest_at):
     e.store(magnitude, largest_at)
 
 
-def findings(indices: np.ndarray, largest: np.ndarray) -> tuple[list[int], list[bool]]:
-    """What :func:`examine_row` left for each row, as :func:`minipaged.sampling.sampler.examine` tells it."""
-    return indices.tolist(), (largest >= _EXPONENT).tolist()
+def findings(found: np.ndarray) -> tuple[list[int], list[bool]]:
+    """What :func:`examine_row` left for each row, as :func:`minipaged.sampling.sampler.examine` tells it.
+
+    ``found``, int32 ``[2, rows]``: the indices, and the largest magnitudes.
+    """
+    likeliest, magnitudes = found.tolist()
+    return likeliest, [magnitude >= _EXPONENT for magnitude in magnitudes]

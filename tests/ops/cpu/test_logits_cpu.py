@@ -20,11 +20,9 @@ def run_examine(logits, stride, num_rows, count, indices, magnitudes):
 
 
 def examine(logits: np.ndarray) -> tuple[list[int], list[bool]]:
-    indices, magnitudes = np.empty((2, len(logits)), np.int32)
-    run_examine(
-        logits.ctypes.data, logits.strides[0], *logits.shape, indices.ctypes.data, magnitudes.ctypes.data
-    )  # fmt: skip
-    return findings(indices, magnitudes)
+    found = np.empty((2, len(logits)), np.int32)
+    run_examine(logits.ctypes.data, logits.strides[0], *logits.shape, found[0].ctypes.data, found[1].ctypes.data)
+    return findings(found)
 
 
 @settings(max_examples=60, deadline=None)
