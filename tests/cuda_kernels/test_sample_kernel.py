@@ -10,6 +10,7 @@ pytest.importorskip("cuda.bindings", reason="the CUDA compiler's packages are no
 from cuda_kernels import sample
 from cuda_kernels.toolchain.interpreter import run
 from minipaged.config import SamplingParams
+from minipaged.sampling.processors import LogitsProcessor
 from minipaged.sampling.sampler import Sampler
 from minipaged.sampling.state import SamplingState
 
@@ -88,7 +89,7 @@ def test_masked_tokens_are_never_drawn():
     np.testing.assert_array_equal(token, [each.token_id for each in Sampler(900).sample(raw, states)])
 
 
-class _Replace:
+class _Replace(LogitsProcessor):
     def __init__(self, row):
         self._row = row
 

@@ -19,6 +19,7 @@ from minipaged.ops.cuda.asks import max_words, pack, turns
 from minipaged.ops.cuda.inputs import MAX_COPIES
 from minipaged.ops.sampling import Ask, Draw, Edits
 from minipaged.sampling.device_sampler import DeviceLogits, DeviceSampler
+from minipaged.sampling.processors import LogitsProcessor
 from minipaged.sampling.sampler import Sampler
 from minipaged.sampling.state import SamplingState
 from minipaged.sampling.step_logits import DrawOrder, HostLogits, PromptOrder
@@ -161,7 +162,7 @@ def test_errors_are_the_hosts(machine):
         found.prompt_logprobs(range(9, 10), [4], 1)
 
 
-class _Infinite:
+class _Infinite(LogitsProcessor):
     """A bias that no request could have."""
 
     def apply(self, row, output_token_ids):
@@ -170,9 +171,6 @@ class _Infinite:
     def describe(self, edits, output_token_ids):
         edits.biased, edits.bias = np.array([3]), np.array([np.inf], np.float32)
         return True
-
-    def spares(self, token_id):
-        return False
 
 
 def test_graphs_sample_what_their_launches_sample(device, monkeypatch):
