@@ -168,8 +168,9 @@ def settings(engine: Engine) -> dict[str, str | int]:
         "block_size": engine.config.block_size,
     }
     if engine.backend.name == "cpu":
-        from minipaged.ops.cpu import features
+        from minipaged.ops.cpu import features, kv
 
+        found["kv_layout"] = kv.LAYOUT
         found["instructions"] = features.current().level
     if engine.backend.name == "cuda":
         found["card"] = engine.runner.decoder.device.name

@@ -29,6 +29,7 @@ from .packing import round_up
 from .pages import sparse_zeros
 from .phases import PHASE_SIGNATURE, layer_at, linear_at, model_at
 
+LAYOUT = 2  # raised with every change of the layout, or of how the numbers in it are rounded
 TOKENS = 16  # keys side by side
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 TERMS = {"float32": 1, "bfloat16": 2, "int8": 1}  # values that lie together
