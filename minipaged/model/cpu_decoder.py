@@ -62,6 +62,8 @@ class CpuDecoder:
         self._fill_model(weights)
         self._allocate_buffers(kv_cache.layout, num_threads)
         self._linear_table = np.array(self._linears, LINEAR)
+        # A row's place is its own in every product: threads that keep their rows are not all at the same product.
+        self._linear_table["row_bytes"] = self._linear_table["row_bytes"].max()
         self._queries_per_tile = attention.queries_per_tile(config.num_heads // config.num_kv_heads)
         self._counters = np.zeros(config.num_layers, np.int64)
         self._fill_addresses()

@@ -22,7 +22,7 @@ from minipaged.sampling.sampler import examine
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "parity"
 CASES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
-LENGTH, NUM_SLOTS, MAX_TOKENS = 40, 512, 96
+LENGTH, NUM_SLOTS, MAX_TOKENS = 40, 512, 160
 
 
 class Machine:
@@ -109,6 +109,14 @@ def test_logits_do_not_depend_on_company(model, weights, kv_dtype):
     # A prefix hit: two blocks that another sequence computed, in other chunks.
     shared = np.concatenate([mine[:2], machine.sequence()[2:]])
     np.testing.assert_array_equal(machine.run(ids, [3, 5], shared, start=32), alone[32:])
+
+    # So many rows that each thread keeps its own through a layer.
+    machine = Machine(config, weights, kv_dtype, seed=6)
+    assert 4 * LENGTH >= 32 * machine.decoder.team.num_threads**2
+    rows = machine.step(
+        [(other, machine.sequence(), 0, LENGTH) for _ in range(3)] + [(ids, machine.sequence(), 0, LENGTH)]
+    )
+    np.testing.assert_array_equal(rows[3], alone)
 
 
 def test_only_wanted_rows_give_the_same(model):

@@ -15,7 +15,7 @@ import numba
 from .compile_cache import keep
 from .elementwise import activate, add, copy, norm, scale, soft_cap
 from .embedding import embed
-from .linear import multiply, prepare_row, share
+from .linear import keeps_rows, multiply, multiply_rows, prepare_row, share
 from .logits import examine_row
 from .memory import compiled, float_bits, ints32, part_of_caller
 from .phases import call_phase
@@ -23,6 +23,7 @@ from .tables import LAYER, LINEAR, MODEL
 from .team import PARKED, STOP, barrier, wait_for_step
 
 LAYER_BYTES = LAYER.itemsize
+ROWS_AT_ONCE = 64  # of the feed-forward part, where threads keep their rows: its inner values stay in the L2 cache
 
 
 @part_of_caller
@@ -75,22 +76,45 @@ def _keep_wanted_rows(model):
                 copy(buffer + wanted[i] * stride, buffer + i * stride, stride // 4)
 
 
-@part_of_caller
-def _feed_forward(model, layer, linears, num_rows, thread, num_threads):
-    """``output = down(activation(gate_up(normed)))``."""
-    gate_up, down = linears[layer.gate_up], linears[layer.down]
-    multiply(
-        gate_up, model.normed, model.hidden_stride, model.prepared, num_rows,
-        model.inner, model.inner_stride, thread, num_threads,
-    )  # fmt: skip
-    barrier(model.barrier, num_threads)
-    first, last = share(num_rows, thread, num_threads)
+@compiled
+def _hand_over(model, num_rows, num_threads):
+    """What follows reads rows that other threads wrote, unless each keeps its own."""
+    if not keeps_rows(num_rows, num_threads):
+        barrier(model.barrier, num_threads)
+
+
+@compiled
+def _activate_rows(model, gate_up, down, first, last):
     for row in range(first, last):
         inner = model.inner + row * model.inner_stride
         if gate_up.bias:
             add(inner, gate_up.bias, gate_up.num_outputs)
         activate(model.activation + 3 * model.gated, inner, inner + 4 * down.num_inputs, down.num_inputs)
         prepare_row(down, inner, row, model.prepared)
+
+
+@part_of_caller
+def _feed_forward(model, layer, linears, num_rows, thread, num_threads):
+    """``output = down(activation(gate_up(normed)))``."""
+    gate_up, down = linears[layer.gate_up], linears[layer.down]
+    first, last = share(num_rows, thread, num_threads)
+    if keeps_rows(num_rows, num_threads):
+        for begin in range(first, last, ROWS_AT_ONCE):
+            end = min(begin + ROWS_AT_ONCE, last)
+            multiply_rows(
+                gate_up, model.normed, model.hidden_stride, model.prepared, begin, end, model.inner, model.inner_stride
+            )
+            _activate_rows(model, gate_up, down, begin, end)
+            multiply_rows(
+                down, model.inner, model.inner_stride, model.prepared, begin, end, model.output, model.hidden_stride
+            )
+        return
+    multiply(
+        gate_up, model.normed, model.hidden_stride, model.prepared, num_rows,
+        model.inner, model.inner_stride, thread, num_threads,
+    )  # fmt: skip
+    barrier(model.barrier, num_threads)
+    _activate_rows(model, gate_up, down, first, last)
     barrier(model.barrier, num_threads)
     multiply(
         down, model.inner, model.inner_stride, model.prepared, num_rows,
@@ -125,12 +149,12 @@ def step_function() -> Callable:
                 address = model.layer_table + index * LAYER_BYTES
                 qkv, o = linears[layer.qkv], linears[layer.o]
                 _norm_rows(model, layer.input_norm, layer.input_norm_bias, qkv, num_rows, thread, num_threads)
-                barrier(model.barrier, num_threads)
+                _hand_over(model, num_rows, num_threads)
                 multiply(
                     qkv, model.normed, model.hidden_stride, model.prepared, num_rows,
                     model.qkv, model.qkv_stride, thread, num_threads,
                 )  # fmt: skip
-                barrier(model.barrier, num_threads)
+                _hand_over(model, num_rows, num_threads)
                 first, last = share(num_rows, thread, num_threads)
                 for row in range(first, last):
                     call_phase(model.write_phase, model.address, address, table, row, thread, num_threads)
@@ -148,19 +172,19 @@ def step_function() -> Callable:
                 for row in range(first, last):
                     attended = model.attended + row * model.attended_stride
                     prepare_row(o, attended, row, model.prepared)
-                barrier(model.barrier, num_threads)
+                _hand_over(model, num_rows, num_threads)
                 multiply(
                     o, model.attended, model.attended_stride, model.prepared, num_rows,
                     model.output, model.hidden_stride, thread, num_threads,
                 )  # fmt: skip
-                barrier(model.barrier, num_threads)
+                _hand_over(model, num_rows, num_threads)
                 _residual_rows(
                     model, o.bias, layer.post_attention_norm, layer.post_attention_norm_bias, num_rows, thread,
                     num_threads,
                 )  # fmt: skip
                 gate_up = linears[layer.gate_up]
                 _norm_rows(model, layer.mlp_norm, layer.mlp_norm_bias, gate_up, num_rows, thread, num_threads)
-                barrier(model.barrier, num_threads)
+                _hand_over(model, num_rows, num_threads)
                 if layer.router:
                     call_phase(model.experts_phase, model.address, address, table, num_rows, thread, num_threads)
                 else:
@@ -172,7 +196,7 @@ def step_function() -> Callable:
 
             lm_head = linears[model.lm_head]
             _norm_rows(model, model.final_norm, model.final_norm_bias, lm_head, num_rows, thread, num_threads)
-            barrier(model.barrier, num_threads)
+            _hand_over(model, num_rows, num_threads)
             multiply(
                 lm_head, model.normed, model.hidden_stride, model.prepared, num_rows,
                 model.logits, model.logits_stride, thread, num_threads,

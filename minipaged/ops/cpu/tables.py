@@ -17,7 +17,7 @@ def _record(floats: str, ints: str) -> np.dtype:
 
 LINEAR = _record(
     "",
-    # product, prepare: addresses of compiled functions (products.py); row_bytes: of a prepared row.
+    # product, prepare: addresses of compiled functions (products.py); row_bytes: from one prepared row to the next.
     # weight, scale, aux: the packed arrays. bias: float32 [num_outputs].
     "product prepare row_bytes weight scale aux bias num_inputs num_outputs num_panels",
 )
