@@ -31,8 +31,8 @@ def record_margins(engine: Engine) -> dict[str, list[float]]:
     margins: dict[str, list[float]] = {}
     sample = engine.sampler.sample
 
-    def sample_with_margins(logits, states):
-        tokens = sample(logits, states, with_margins=True)
+    def sample_with_margins(logits, states, examined=None):
+        tokens = sample(logits, states, examined=examined, with_margins=True)
         owners = {
             id(sequence.sampling): f"{request_id}/{index}" if index else request_id
             for request_id, group in engine._groups.items()
