@@ -42,7 +42,8 @@ class Runner:
             parts = _build_reference(model, num_threads=num_threads, **sizes)
         self.decoder, self.kv_cache, self.weight_bytes, self.embedding_bytes = parts
         self.block_size = block_size
-        self.sampler = Sampler(model.config.vocab_size)
+        passes = self.decoder.passes_over_logits if backend.name == "cpu" else {}
+        self.sampler = Sampler(model.config.vocab_size, **passes)
         self.device_sampler = DeviceSampler(self.sampler) if backend.name == "cuda" else None
         # The operating system provides the memory page by page as blocks are first swapped out.
         if num_host_blocks and backend.name == "cuda":

@@ -11,7 +11,7 @@ import numpy as np
 from minipaged.model.config import ModelConfig
 from minipaged.model.rope import rope_tables
 from minipaged.model.weights import Linear, ModelWeights, Norm
-from minipaged.ops.cpu import attention, embedding, logits, packing
+from minipaged.ops.cpu import attention, embedding, logits, masks, packing
 from minipaged.ops.cpu.elementwise import ACTIVATIONS
 from minipaged.ops.cpu.kv import CpuKVCache, KVLayout, write_phase
 from minipaged.ops.cpu.moe import experts_phase
@@ -104,6 +104,12 @@ class CpuDecoder:
         self.team.run()
         self.examined = logits.findings(found)
         return result[:, : self.config.vocab_size]
+
+    passes_over_logits = {  #: faster ways for the sampler
+        "mask_row": masks.mask_row,
+        "few_allowed": masks.few_allowed,
+        "weigh_masked": masks.weigh_masked,
+    }
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""

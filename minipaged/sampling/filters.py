@@ -11,6 +11,8 @@ than a step between float32 logits, so another machine, or a GPU, draws the same
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from minipaged.ops.sampling import few
@@ -18,7 +20,29 @@ from minipaged.ops.sampling import few
 _FAR = 700  # exp(-700) is a normal number
 
 
-def candidates(row: np.ndarray, largest: float, params, masked: bool = False) -> tuple[np.ndarray | None, np.ndarray]:
+def weigh(row: np.ndarray, largest: float, temperature: float) -> np.ndarray:
+    """``exp((row - largest) / temperature)`` of float32 logits, in float64."""
+    weights = np.subtract(row, largest, dtype=np.float64)
+    weights /= temperature
+    return np.exp(weights, out=weights)
+
+
+def weigh_masked(row: np.ndarray, largest: float, temperature: float) -> np.ndarray:
+    """As :func:`weigh`, sooner where many logits are ``-inf``, whose weight is 0.
+
+    NumPy's exp is several times slower where it finds zeros, so it is given something else in their place.
+    """
+    left, floor = row > -np.inf, np.float32(largest - _FAR * temperature)
+    if np.count_nonzero(row >= floor) < np.count_nonzero(left):  # a logit would be changed
+        return weigh(row, largest, temperature)
+    weights = weigh(np.maximum(row, floor), largest, temperature)
+    weights *= left
+    return weights
+
+
+def candidates(
+    row: np.ndarray, largest: float, params, masked: bool = False, weigh_masked: Callable = weigh_masked
+) -> tuple[np.ndarray | None, np.ndarray]:
     """The tokens that may be drawn and their weights.
 
     Args:
@@ -26,35 +50,25 @@ def candidates(row: np.ndarray, largest: float, params, masked: bool = False) ->
         largest: the largest of them, finite.
         params: ``SamplingParams`` with ``temperature > 0``.
         masked: whether some logits may be ``-inf``.
+        weigh_masked: does what :func:`weigh_masked` does; a backend may have a faster way.
 
     Returns:
         ``(token_ids, weights)``: ids ascending, int64 ``[n]``, or ``None`` for the whole vocabulary;
         weights float64 ``[n]``, not normalised, the largest is 1.
     """
-    ids = left = None  # which are not masked, among others that are
+    ids, mixed = None, False
     if masked:
         left = row > -np.inf
         count = np.count_nonzero(left)
-        if count == len(row):
-            left = None
-        elif few(count, len(row)):
-            ids = np.flatnonzero(left)
-            row, left = row[ids], None
+        mixed = count < len(row)
+        if few(count, len(row)):
+            ids, mixed = np.flatnonzero(left), False
+            row = row[ids]
     if 0 < params.top_k < len(row):
         kept = np.flatnonzero(row >= kth_largest(row, params.top_k))
         ids = kept if ids is None else ids[kept]
-        row, left = row[kept], None
-    if left is not None:  # NumPy's exp is several times slower where it finds zero: give it something else meanwhile
-        floor = np.float32(largest - _FAR * params.temperature)
-        if np.count_nonzero(row >= floor) == count:
-            row = np.maximum(row, floor)
-        else:
-            left = None
-    weights = np.subtract(row, largest, dtype=np.float64)
-    weights /= params.temperature
-    np.exp(weights, out=weights)
-    if left is not None:
-        weights *= left
+        row = row[kept]
+    weights = (weigh_masked if mixed else weigh)(row, largest, params.temperature)
     if params.min_p > 0:  # of the likeliest, which weighs 1
         ids, weights = _select(ids, weights, weights >= params.min_p)
     if params.top_p < 1:

@@ -31,6 +31,7 @@ WHITESPACE = "[ ]?"
 """Between JSON's tokens at most one space. Unbounded white space, which JSON allows, is where a model that has
 lost its way goes in circles; a schema may choose otherwise with ``"x-guidance": {"whitespace_pattern": ...}``."""
 CACHED_GRAMMARS = 32
+NONE = -1  # instead of a token
 _CHARACTER = r'[^"\\\x00-\x1F\x7F]'
 _SLICES = [r"[\x20\x0A\x0D\x09]+", *(f"{_CHARACTER}{{1,{most}}}" for most in (10, 12, 15, 30)), f"{_CHARACTER}+"]
 """Sets of tokens, each a regular expression, that llguidance allows as a whole where it sees that all of them may
@@ -115,7 +116,9 @@ class Grammar(LogitsProcessor):
         self._matcher = matcher
         self._vocab_size = vocab_size
         self._eos_token_ids = np.unique(np.array(eos_token_ids, dtype=np.int64))
-        self._bits: np.ndarray | None = None  # what may follow, once it has been asked for
+        # What may follow, once it has been asked for: the only token, or NONE; and all.
+        self._forced: int | None = None
+        self._bits: np.ndarray | None = None
         # Tokens after the end of the grammar, or that it forbids (a draft's): known, but not consumed.
         self._num_outside = 0
 
@@ -130,6 +133,17 @@ class Grammar(LogitsProcessor):
             row[self._eos_token_ids] = 0  # even if min_tokens wants more: there is no more to say
             return
         mask_row(row, self._allowed_bits(), row)
+
+    def prepare(self) -> None:
+        if self.forced() is None:
+            self.allowed_bits()
+
+    def forced(self) -> int | None:
+        if self._forced is None:
+            # The first of the bytes that are certain; none has been looked for after the end or an error.
+            certain = not self._num_outside and not self._matcher.is_stopped() and self._matcher.compute_ff_tokens()
+            self._forced = certain[0] if certain and certain[0] < self._vocab_size else NONE
+        return None if self._forced == NONE else self._forced
 
     def allowed_bits(self) -> np.ndarray | None:
         return None if self._ended() else self._allowed_bits()
@@ -170,12 +184,12 @@ class Grammar(LogitsProcessor):
         return self._bits
 
     def append(self, token_id: int) -> None:
-        self._bits = None
+        self._forced = self._bits = None
         if self._num_outside or not self._matcher.try_consume_tokens([token_id]):
             self._num_outside += 1
 
     def undo(self, token_id: int) -> None:
-        self._bits = None
+        self._forced = self._bits = None
         if self._num_outside:
             self._num_outside -= 1
         else:

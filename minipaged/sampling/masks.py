@@ -15,7 +15,7 @@ def mask_row(row: np.ndarray, bits: np.ndarray, out: np.ndarray) -> int:
     """Copy float32 logits ``[vocab]`` to ``out`` (or leave them there), ``-inf`` for tokens without a bit.
 
     Args:
-        row: none is positive infinity.
+        row: positive infinity becomes NaN under a mask.
         bits: uint8 ``[vocab / 8]``, rounded up, lowest first.
 
     Returns:

@@ -17,6 +17,15 @@ class LogitsProcessor:
         """Edit ``row`` (float32 ``[vocab]``) in place, given the tokens generated so far."""
         raise NotImplementedError
 
+    def prepare(self) -> None:
+        """:meth:`apply` or what stands for it comes next: what takes looking up may be looked up now, while that of
+        other rows is, whose code and tables are then near."""
+
+    def forced(self) -> int | None:
+        """The one token that :meth:`apply` would leave, with its logit, where that is known before the others are
+        looked at."""
+        return None
+
     def allowed_bits(self) -> np.ndarray | None:
         """A bit for each token, lowest first, uint8 ``[vocab / 8]``, rounded up, if masking the tokens without is all
         that :meth:`apply` would do now; ``None``: it would do something else, or does not know."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from minipaged.sampling.draw import draw
-from minipaged.sampling.filters import candidates
+from minipaged.sampling.filters import candidates, weigh_masked
 from minipaged.sampling.logprobs import token_logprobs
 from minipaged.sampling.margins import margin
 from minipaged.sampling.masks import few_allowed, mask_row
@@ -57,13 +57,19 @@ class Sampler:
     """Samples for a vocabulary of ``vocab_size`` tokens; keeps nothing from one call to the next.
 
     Args:
-        mask_row, few_allowed: do what :func:`~minipaged.sampling.masks.mask_row` and
-            :func:`~minipaged.sampling.masks.few_allowed` do; a backend may have a faster way.
+        mask_row, few_allowed, weigh_masked: do what the functions of these names do, which are their defaults; a
+            backend may have a faster way.
     """
 
-    def __init__(self, vocab_size: int, mask_row: Callable = mask_row, few_allowed: Callable = few_allowed):
+    def __init__(
+        self,
+        vocab_size: int,
+        mask_row: Callable = mask_row,
+        few_allowed: Callable = few_allowed,
+        weigh_masked: Callable = weigh_masked,
+    ):
         self.vocab_size = vocab_size
-        self._mask_row, self._few_allowed = mask_row, few_allowed
+        self._mask_row, self._few_allowed, self._weigh_masked = mask_row, few_allowed, weigh_masked
         self._row = np.empty(vocab_size, dtype=np.float32)  # fresh memory costs more than the copy into it
 
     def sample(
@@ -98,10 +104,15 @@ class Sampler:
                     SampledToken(-1, error=DAMAGED) if bad else SampledToken(token_id)
                     for token_id, bad in zip(likeliest, damaged, strict=True)
                 ]
+            edited = [_is_edited(state, token_id) for state, token_id in zip(states, likeliest, strict=True)]
+            for state, is_edited in zip(states, edited, strict=True):
+                if is_edited:
+                    for processor in state.processors:
+                        processor.prepare()
             uniforms = self._uniforms(states)
             return [
                 self._sample_row(row, *facts, with_margins)
-                for row, *facts in zip(logits, states, likeliest, damaged, uniforms, strict=True)
+                for row, *facts in zip(logits, states, likeliest, damaged, edited, uniforms, strict=True)
             ]
 
     @staticmethod
@@ -110,12 +121,11 @@ class Sampler:
             return [0.0] * len(states)
         return uniform([state.seed for state in states], [state.position for state in states]).tolist()
 
-    def _sample_row(self, raw, state, likeliest, damaged, uniform, with_margins) -> SampledToken:
+    def _sample_row(self, raw, state, likeliest, damaged, edited, uniform, with_margins) -> SampledToken:
         if damaged:
             return SampledToken(-1, error=DAMAGED)
         ids, row = None, raw  # the tokens that are left, if not all, and their logits
-        processors = state.processors
-        if processors and not (state.params.greedy and all(p.spares(likeliest) for p in processors)):
+        if edited:
             ids, row, likeliest = self._processed(raw, state, whole=with_margins)
         largest = float(row[likeliest])
         if not np.isfinite(largest):
@@ -123,7 +133,8 @@ class Sampler:
 
         token_id = likeliest
         if not state.params.greedy and len(row) > 1:
-            kept, weights = candidates(row, largest, state.params, masked=bool(processors) and ids is None)
+            masked = edited and ids is None
+            kept, weights = candidates(row, largest, state.params, masked, self._weigh_masked)
             index = draw(weights, uniform)
             token_id = index if kept is None else int(kept[index])
         if ids is not None:
@@ -140,17 +151,27 @@ class Sampler:
         """What the processors leave of a row whose logits are finite: ids of tokens (``None``: all), their logits,
         and the index of the largest. ``whole``: all are wanted."""
         row, processors = self._row, state.processors
-        # Of several, the others may make an error of a logit that this one then leaves out.
-        bits = processors[0].allowed_bits() if len(processors) == 1 else None
-        if bits is not None:
-            found = None if whole else self._few_allowed(raw, bits)
-            if found is not None:
-                return *found, int(found[1].argmax())
-            return None, row, self._mask_row(raw, bits, row)
+        if len(processors) == 1:  # of several, the others may make an error of a logit that this one leaves out
+            forced = None if whole else processors[0].forced()
+            if forced is not None:
+                return np.array([forced]), raw[forced : forced + 1], 0
+            bits = processors[0].allowed_bits()
+            if bits is not None:
+                found = None if whole else self._few_allowed(raw, bits)
+                if found is not None:
+                    return *found, int(found[1].argmax())
+                return None, row, self._mask_row(raw, bits, row)
         row[:] = raw
         for processor in processors:
             processor.apply(row, state.output_token_ids)
         return None, row, int(row.argmax())
+
+
+def _is_edited(state: SamplingState, likeliest: int) -> bool:
+    """Whether the processors of a row may make a difference."""
+    if not state.processors:
+        return False
+    return not state.params.greedy or not all(processor.spares(likeliest) for processor in state.processors)
 
 
 def why_not_finite(largest: float) -> str:

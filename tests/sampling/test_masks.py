@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from minipaged.config import SamplingParams
 from minipaged.model.loader import load_model
+from minipaged.ops.cpu import masks as cpu_masks
 from minipaged.ops.sampling import few
 from minipaged.sampling import grammar, masks
 from minipaged.sampling.draw import draw
@@ -44,6 +45,9 @@ def plain_candidates(row, largest, params):
     return ids, np.exp(weights)
 
 
+CPU = {name: getattr(cpu_masks, name) for name in ("mask_row", "few_allowed", "weigh_masked")}
+
+
 def drawn(sampler, logits, allowed, params, seeds, plain):
     """A token a seed, or why there is none."""
     states = [SamplingState(params, [1], vocab_size=len(allowed), seed=seed) for seed in seeds]
@@ -53,6 +57,7 @@ def drawn(sampler, logits, allowed, params, seeds, plain):
     return [token.error or (token.token_id, token.logprob) for token in found]
 
 
+@pytest.mark.parametrize("passes", [{}, CPU], ids=["numpy", "cpu"])
 @settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from([7, 8, 33, 257, 1024, 5000]),
@@ -61,12 +66,12 @@ def drawn(sampler, logits, allowed, params, seeds, plain):
     st.sampled_from([{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.05}, {"top_k": 600, "top_p": 0.5}, {"logprobs": 2}]),
     st.integers(0, 2**32 - 1),
 )
-def test_tokens_under_random_masks_are_those_of_the_plain_way(vocab_size, share, temperature, filters, seed):
+def test_tokens_under_a_random_mask_are_those_of_the_plain_way(passes, vocab_size, share, temperature, filters, seed):
     rng = np.random.default_rng(seed)
     logits = (rng.integers(-200, 200, vocab_size) / 8).astype(np.float32)  # eighths tie often
     allowed = rng.random(vocab_size) < share
     params = SamplingParams(temperature=temperature, **filters)
-    sampler = Sampler(vocab_size)
+    sampler = Sampler(vocab_size, **passes)
     found = drawn(sampler, logits, allowed, params, range(20), plain=False)
     assert found == drawn(sampler, logits, allowed, params, range(20), plain=True)
     if not allowed.any():
@@ -79,19 +84,20 @@ def test_tokens_under_random_masks_are_those_of_the_plain_way(vocab_size, share,
         assert [token_id for token_id, _ in found] == [index if ids is None else ids[index] for index in indices]
 
 
+@pytest.mark.parametrize("backend", [masks, cpu_masks], ids=["numpy", "cpu"])
 @settings(max_examples=80, deadline=None)
 @given(st.integers(1, 300), st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_what_few_bits_and_many_bits_leave(vocab_size, share, seed):
+def test_what_few_bits_and_many_bits_leave(backend, vocab_size, share, seed):
     rng = np.random.default_rng(seed)
     row = rng.standard_normal(vocab_size).astype(np.float32)
     bits = np.packbits(rng.random(-(-vocab_size // 8) * 8) < share, bitorder="little")  # also beyond the vocabulary
     allowed = np.unpackbits(bits, count=vocab_size, bitorder="little").astype(bool)
-    found = masks.few_allowed(row, bits)
+    found = backend.few_allowed(row, bits)
     assert (found is not None) == few(np.count_nonzero(allowed), vocab_size)
     if found is not None:
         assert found[0].tolist() == np.flatnonzero(allowed).tolist() and (found[1] == row[allowed]).all()
     out = np.empty_like(row)
-    likeliest = masks.mask_row(row, bits, out)
+    likeliest = backend.mask_row(row, bits, out)
     assert (out == np.where(allowed, row, -np.inf)).all()
     assert likeliest == (out.argmax() if allowed.any() else 0)
 
@@ -110,25 +116,28 @@ SCHEMA = {
 }
 
 
-def test_masks_are_those_without_slices():
+def test_masks_are_those_without_slices_and_forced_tokens_those_of_masks():
     llguidance = pytest.importorskip("llguidance")
     model = load_model("tiny")
     size, eos = model.config.vocab_size, model.config.eos_token_ids
     text = grammar._json_schema(llguidance.LLMatcher, json.dumps(SCHEMA))
     compiler = grammar.GrammarCompiler(model.tokenizer, size, eos)
     plain = llguidance.LLTokenizer(model.tokenizer.backend.to_str(), n_vocab=size, eos_token=list(eos), slices=[])
-    rng, sizes = np.random.default_rng(0), set()
+    rng, sizes, num_forced = np.random.default_rng(0), set(), 0
     for _ in range(12):
         ours = compiler.compile({"json": SCHEMA})
         other = llguidance.LLMatcher(plain, text, log_level=0)
         for _ in range(60):
-            bits = ours.allowed_bits()
+            forced, bits = ours.forced(), ours.allowed_bits()
             if bits is None:
+                assert forced is None
                 break
             assert bits.tobytes() == other.compute_bitmask()[: len(bits)]
             allowed = np.flatnonzero(np.unpackbits(bits, count=size, bitorder="little"))
             sizes.add(len(allowed))
+            num_forced += forced is not None
+            assert forced is None or allowed.tolist() == [forced]
             token_id = int(rng.choice(allowed))
             ours.append(token_id)
             assert other.consume_token(token_id)
-    assert min(sizes) < 3 and max(sizes) > size // 2
+    assert min(sizes) == 1 and max(sizes) > size // 2 and num_forced > 100
