@@ -2,16 +2,21 @@
 
 The cost of a step is the time that sampling takes more than for the free batch (finding what may
 follow, masking, looking for the likeliest among the rest), and the time to tell the grammars of the
-new tokens. It is set in relation to the whole step of the free batch. Steps of both batches alternate,
+new tokens. It is set in relation to the whole step of the free batch. Rounds of both batches alternate,
 so that a machine that slows down slows down both.
+
+Steps differ: the fewer characters a string may still have, the longer its mask takes, and that of a number takes
+next to nothing. All sequences begin together, and every round is the same text again. So each step's time
+is the median of its rounds, and the steps, of which there should be enough for whole objects, count alike.
 """
 
 from __future__ import annotations
 
 import random
 import time
+from statistics import mean
 
-from minipaged.bench.summary import median, summary
+from minipaged.bench.summary import median
 from minipaged.config import SamplingParams
 from minipaged.engine import Engine
 from minipaged.errors import ConfigError
@@ -34,6 +39,7 @@ SCHEMA = {
     },
 }
 WARM_UP_STEPS = 8
+ROUNDS = 4
 
 
 class _Stopwatch:
@@ -58,7 +64,8 @@ class _Stopwatch:
 
 
 def measure(engine: Engine, *, batch_size: int, prompt_len: int, num_steps: int, temperature: float = 0.0) -> dict:
-    """Medians in seconds: ``step`` and ``sampling`` of both batches, ``telling`` the new tokens, and the ``cost``.
+    """Seconds of a mean step (see above): ``step`` and ``sampling`` of both batches, ``telling`` the new tokens, and
+    the ``cost``; ``longer``: how much longer whole steps took under the schema.
 
     Raises:
         ConfigError: two batches do not fit the engine's limits.
@@ -76,32 +83,39 @@ def measure(engine: Engine, *, batch_size: int, prompt_len: int, num_steps: int,
     engine.sampler.sample = sampling.wrap(sample)
     try:
         rounds = {"free": [], "grammar": []}
-        for _ in range(4):
+        for _ in range(ROUNDS):
             for name, grammar in (("free", None), ("grammar", {"json": SCHEMA})):
                 params = SamplingParams(
                     temperature=temperature, ignore_eos=grammar is None, max_tokens=total - prompt_len,
                     structured_outputs=grammar, seed=0,
                 )  # fmt: skip
-                rounds[name] += _steps(engine, params, batch_size, prompt_len, -(-num_steps // 4), sampling, telling)
+                rounds[name].append(_steps(engine, params, batch_size, prompt_len, num_steps, sampling, telling))
     finally:
         engine.sampler.sample = sample
-    result = {
-        name: {key: summary([step[key] for step in steps]) for key in ("step", "sampling", "telling")}
-        for name, steps in rounds.items()
-    }
-    cost = (
-        median([step["sampling"] + step["telling"] for step in rounds["grammar"]])
-        - result["free"]["sampling"]["median"]
+    parts = ("step", "sampling", "telling")
+    free, grammar = (
+        {part: mean_of_medians([[step[part] for step in steps] for steps in rounds[name]]) for part in parts}
+        for name in ("free", "grammar")
     )
+    cost = grammar["sampling"] + grammar["telling"] - free["sampling"]
     return {
         "batch_size": batch_size,
         "prompt_len": prompt_len,
         "temperature": temperature,
-        "steps_timed": len(rounds["free"]),
-        **result,
+        "steps_timed": num_steps,
+        "rounds": ROUNDS,
+        "free": free,
+        "grammar": grammar,
         "cost": cost,
-        "share_of_step": cost / result["free"]["step"]["median"],
+        "share_of_step": cost / free["step"],
+        "longer": grammar["step"] / free["step"] - 1,
+        "steps": rounds,
     }
+
+
+def mean_of_medians(rounds: list[list[float]]) -> float:
+    """The mean over steps of the median over ``rounds``, which have equally many steps."""
+    return mean(median(list(same)) for same in zip(*rounds, strict=True))
 
 
 def _steps(
@@ -127,9 +141,7 @@ def _steps(
         sampling.take(), telling.take()
         started = time.perf_counter()
         engine.step()
-        steps.append(
-            {"step": time.perf_counter() - started, "sampling": sampling.take(), "telling": telling.take()}
-        )
+        steps.append({"step": time.perf_counter() - started, "sampling": sampling.take(), "telling": telling.take()})
     for group in groups:
         engine.abort(group.request_id)
     return steps

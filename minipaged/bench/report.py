@@ -207,14 +207,16 @@ def sharing_text(result: dict) -> str:
 def grammar_text(result: dict) -> str:
     """One row for each of the two batches, and the cost."""
     rows = [
-        [title, *(f"{result[name][key]['median'] * 1e3:.2f}" for key in ("step", "sampling", "telling"))]
+        [title, *(f"{result[name][key] * 1e3:.2f}" for key in ("step", "sampling", "telling"))]
         for title, name in (("free", "free"), ("JSON schema", "grammar"))
     ]
     return (
         f"{result['batch_size']} sequences, prompts of {result['prompt_len']} tokens, temperature "
-        f"{result['temperature']:g}; medians of {result['steps_timed']} decode steps, the two batches in turn\n\n"
+        f"{result['temperature']:g}; means of {result['steps_timed']} decode steps, of each the median of "
+        f"{result['rounds']} rounds, the two batches in turn\n\n"
         + table(["", "step, ms", "of it sampling", "telling the grammar"], rows, right=(1, 2, 3))
-        + f"\n\nmasking costs {result['cost'] * 1e3:.2f} ms, {result['share_of_step']:.1%} of a step without it"
+        + f"\n\nmasking costs {result['cost'] * 1e3:.2f} ms, {result['share_of_step']:.1%} of a step without it "
+        f"(whole steps took {result['longer']:+.1%})"
     )
 
 
