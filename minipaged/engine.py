@@ -198,7 +198,9 @@ class Engine(Observed):
             raise UnknownRequestError(f"no unfinished request has the id {request_id!r}.")
         group = self._groups.pop(request_id)
         group.abort(self._live)
-        return group.build()
+        output = group.build()
+        group.let_go()
+        return output
 
     def abort_if_unfinished(self, request_id: str) -> RequestOutput | None:
         """As :meth:`abort`, but a request that is finished already is left alone."""
@@ -333,6 +335,8 @@ class Engine(Observed):
             self._num_requests_finished += group.error is None
         if group.finished or group.stream:
             deliver(group.build())
+        if group.finished:
+            group.let_go()
 
     def _take(self, sequence: Sequence, tokens: list[SampledToken], speculated: bool) -> None:
         """Hand a sequence what was drawn for it: side by side, or one after another as far as it goes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -266,17 +267,15 @@ def _embedding_bytes(weights: ModelWeights) -> int:
 
 def _num_bytes(weights: ModelWeights) -> int:
     """Bytes of all weight arrays, each counted once (a tied ``lm_head`` is the embedding)."""
-    seen: dict[int, int] = {}
+    return sum({id(array): array.nbytes for array in _arrays(weights)}.values())
 
-    def visit(value):
-        if isinstance(value, np.ndarray):
-            seen[id(value)] = value.nbytes
-        elif isinstance(value, list):
-            for item in value:
-                visit(item)
-        elif hasattr(value, "__dataclass_fields__"):
-            for name in value.__dataclass_fields__:
-                visit(getattr(value, name))
 
-    visit(weights)
-    return sum(seen.values())
+def _arrays(value) -> Iterator[np.ndarray]:
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, list):
+        for item in value:
+            yield from _arrays(item)
+    elif hasattr(value, "__dataclass_fields__"):
+        for name in value.__dataclass_fields__:
+            yield from _arrays(getattr(value, name))

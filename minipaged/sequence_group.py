@@ -32,7 +32,7 @@ from minipaged.sampling.step_logits import DrawOrder, PromptOrder, StepLogits
 
 
 class Sequence:
-    """One continuation of a group's prompt. ``request`` is ``None`` until it is forked."""
+    """One continuation of a group's prompt. ``request`` is ``None`` until it is forked, ``group`` once it has ended."""
 
     __slots__ = ("group", "request", "sampling", "output")
 
@@ -166,6 +166,12 @@ class SequenceGroup:
     def _note_end(self) -> None:
         if self.finished and self.metrics.finished_time is None:
             self.metrics.finished_time = time.monotonic()
+
+    def let_go(self) -> None:
+        """After the last output. Sequences that know their group hold it in a circle, and what lies in one keeps its
+        memory until the garbage collector comes by, many requests later."""
+        for sequence in self.sequences:
+            sequence.group = None
 
     # -- what the caller sees ---------------------------------------------------------------------
 

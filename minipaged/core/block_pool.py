@@ -97,6 +97,10 @@ class BlockPool:
         for block in self.blocks:
             self._insert_before(self._queue, block)
 
+    def __del__(self):
+        for block in (self._queue, *self.blocks):  # a ring would keep itself until the garbage collector comes by
+            block.prev = block.next = None
+
     @property
     def num_cached(self) -> int:
         """Blocks that the prefix cache can find, in use or not."""

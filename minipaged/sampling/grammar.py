@@ -49,11 +49,12 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer, vocab_size: int, eos_token_ids: tuple[int, ...]):
-        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._eos_token_ids = [token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size]
-        self._lock = threading.Lock()
-        self._matcher = functools.lru_cache(CACHED_GRAMMARS)(self._compile)
+        vocabulary = _Vocabulary(tokenizer, vocab_size, self._eos_token_ids)
+        # Of the same grammar a matcher is made once. (A method of this object would hold it, and so the tokenizer, in
+        # a circle: memory that goes only when the garbage collector comes by.)
+        self._matcher = functools.lru_cache(CACHED_GRAMMARS)(vocabulary.matcher)
 
     def compile(self, structured_outputs: dict) -> Grammar:
         """A processor at the beginning of the grammar that ``structured_outputs`` (checked) asks for.
@@ -66,25 +67,33 @@ class GrammarCompiler:
         text = value if isinstance(value, str) else json.dumps(value)
         return Grammar(self._matcher(kind, text).deep_copy(), self._vocab_size, self._eos_token_ids)
 
-    def _compile(self, kind: str, text: str):
-        """A fresh matcher; of the same grammar it is made once."""
+
+class _Vocabulary:
+    """The tokens' bytes as llguidance wants them, and matchers over them."""
+
+    def __init__(self, tokenizer, vocab_size: int, eos_token_ids: list[int]):
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._eos_token_ids = eos_token_ids
+        self._lock = threading.Lock()
+
+    def matcher(self, kind: str, text: str):
+        """A fresh matcher."""
         llguidance = _import_llguidance()
         try:
             grammar = _BUILD[kind](llguidance.LLMatcher, text)
         except Exception as error:  # the library raises plain Exception
             raise _refused(kind, error) from None
-        matcher = llguidance.LLMatcher(self._vocabulary(), grammar, log_level=0)
+        with self._lock:
+            tokens = self._tokens
+        matcher = llguidance.LLMatcher(tokens, grammar, log_level=0)
         if matcher.is_error():
             raise _refused(kind, matcher.get_error())
         return matcher
 
-    def _vocabulary(self):
-        """The tokens' bytes as llguidance wants them; read from the tokenizer the first time (half a second)."""
-        with self._lock:
-            return self._read_vocabulary
-
     @functools.cached_property
-    def _read_vocabulary(self):
+    def _tokens(self):
+        """Read from the tokenizer the first time (half a second)."""
         if not self._eos_token_ids:
             raise InvalidParameterError(
                 "structured_outputs cannot be used with this model: it names no end-of-sequence token, "
