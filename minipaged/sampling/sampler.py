@@ -10,6 +10,7 @@ its batch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -124,11 +125,13 @@ class Sampler:
     def _sample_row(self, raw, state, likeliest, damaged, edited, uniform, with_margins) -> SampledToken:
         if damaged:
             return SampledToken(-1, error=DAMAGED)
+        if not edited and state.params.greedy and state.num_logprobs is None and not with_margins:
+            return SampledToken(likeliest)
         ids, row = None, raw  # the tokens that are left, if not all, and their logits
         if edited:
             ids, row, likeliest = self._processed(raw, state, whole=with_margins)
         largest = float(row[likeliest])
-        if not np.isfinite(largest):
+        if not math.isfinite(largest):
             return SampledToken(-1, error=why_not_finite(largest))
 
         token_id = likeliest
@@ -169,9 +172,12 @@ class Sampler:
 
 def _is_edited(state: SamplingState, likeliest: int) -> bool:
     """Whether the processors of a row may make a difference."""
-    if not state.processors:
-        return False
-    return not state.params.greedy or not all(processor.spares(likeliest) for processor in state.processors)
+    if not state.processors or not state.params.greedy:
+        return bool(state.processors)
+    for processor in state.processors:
+        if not processor.spares(likeliest):
+            return True
+    return False
 
 
 def why_not_finite(largest: float) -> str:
