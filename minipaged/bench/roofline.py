@@ -20,7 +20,7 @@ from numba import njit
 from minipaged.ops.cpu import features
 from minipaged.ops.cpu.emit import Emitter, kernel
 from minipaged.ops.cpu.memory import ints64
-from minipaged.ops.cpu.packing import PackedWeight, aligned_zeros, array_shapes, padded_rows
+from minipaged.ops.cpu.packing import GROUPS, PANEL, PackedWeight, aligned_zeros, array_shape, padded_rows
 from minipaged.ops.cpu.products import ProductKernel, call_prepare, call_product, product_kernel
 
 COLD_BYTES = 192 << 20  # more than the last cache of the CPUs we know
@@ -166,12 +166,9 @@ def read_bandwidth(num_threads: int) -> float:
 
 @njit(nogil=True)
 def _products(function, x, x_stride, weights, num_weights, K, panel0, panel1, M, out, out_stride):
-    table = ints64(weights, 3 * num_weights)
+    table = ints64(weights, num_weights)
     for i in range(num_weights):
-        w, w_scale, w_aux = table[3 * i], table[3 * i + 1], table[3 * i + 2]
-        call_product(
-            function, x, x_stride, w, w_scale, w_aux, K, panel0, panel1, M, out, out_stride, np.int64(0)
-        )
+        call_product(function, x, x_stride, table[i], K, panel0, panel1, M, out, out_stride, np.int64(0))
 
 
 @njit(nogil=True)
@@ -181,13 +178,17 @@ def _prepare(function, x, x_stride, K, M, prepared, prepared_stride):
 
 def _random_weight(format: str, N: int, K: int, rng: np.random.Generator) -> PackedWeight:
     """A weight of small random values, without the work of quantising one."""
-    arrays = {name: aligned_zeros(*parts) for name, parts in array_shapes(format, N, K).items()}
-    for name, array in arrays.items():
-        if array.dtype.kind == "f":
-            array[...] = rng.standard_normal(array.shape[-1], np.float32)
-        elif name == "data":
-            array[...] = rng.integers(0, 127, array.shape[1:], array.dtype)
-    return PackedWeight(format, N, K, **arrays)
+    packed = PackedWeight(format, N, K, aligned_zeros(*array_shape(format, N, K)))
+    if format == "float32":
+        packed.data[...] = rng.standard_normal(PANEL, np.float32)
+    elif format == "bfloat16":
+        packed.data[...] = rng.integers(0, 127, packed.data.shape[1:], np.uint16)
+    else:
+        packed.words[...] = rng.integers(0, 127, packed.words.shape[1:], np.uint8)
+        packed.scale[...] = rng.standard_normal(PANEL, np.float32)
+        if GROUPS[format].has_minimum:
+            packed.minimum[...] = rng.standard_normal(PANEL, np.float32)
+    return packed
 
 
 def time_products(
@@ -231,7 +232,7 @@ def _time_product(
         prepared = np.zeros((M, stride), np.uint8)
         _prepare(function.prepare, x.ctypes.data, x.strides[0], K, M, prepared.ctypes.data, stride)
     out = np.zeros((M, padded_rows(N)), np.float32)
-    table = np.array([weight.addresses for weight in weights], np.int64)
+    table = np.array([weight.address for weight in weights], np.int64)
     panels = weights[0].num_panels
 
     def work(i: int) -> None:

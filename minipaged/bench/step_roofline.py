@@ -25,7 +25,7 @@ from minipaged.cli.terminal import table
 from minipaged.engine import Engine
 from minipaged.errors import ConfigError
 from minipaged.ops.cpu.linear import share
-from minipaged.ops.cpu.packing import array_shapes, padded_rows
+from minipaged.ops.cpu.packing import array_shape, padded_rows
 from minipaged.ops.cpu.products import FORMATS, call_product, product_kernel
 from minipaged.ops.cpu.team import BARRIER_BYTES, barrier
 
@@ -114,8 +114,8 @@ def _is_used(format: str, products: dict[str, np.ndarray]) -> bool:
 
 
 def _weight_bytes(format: str, linear) -> int:
-    shapes = array_shapes(format, int(linear["num_outputs"]), int(linear["num_inputs"]))
-    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in shapes.values())
+    shape, dtype = array_shape(format, int(linear["num_outputs"]), int(linear["num_inputs"]))
+    return int(np.prod(shape)) * dtype.itemsize
 
 
 @njit(nogil=True)
@@ -125,8 +125,7 @@ def _multiply_all(linears, x, out, out_stride, num_rows, thread, num_threads, ba
         first, last = share(linear.num_panels, thread, num_threads)
         row_bytes = linear.row_bytes if linear.prepare else 4 * linear.num_inputs
         call_product(
-            linear.product, x, row_bytes, linear.weight, linear.scale, linear.aux,
-            linear.num_inputs, first, last, num_rows, out, out_stride, 0,
+            linear.product, x, row_bytes, linear.weight, linear.num_inputs, first, last, num_rows, out, out_stride, 0,
         )  # fmt: skip
         barrier(barrier_address, num_threads)
 

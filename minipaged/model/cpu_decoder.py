@@ -160,7 +160,7 @@ class CpuDecoder:
                 kernel.product,
                 kernel.prepare,
                 kernel.row_bytes(weight.num_columns),
-                *weight.addresses,
+                weight.address,
                 self._address(bias),
                 weight.num_columns,
                 weight.num_rows,
@@ -215,7 +215,7 @@ class CpuDecoder:
         model["lm_head"] = self._linear(weights.lm_head)
         table = weights.embedding
         if isinstance(table, PackedWeight):
-            model["embedding"], model["embedding_scales"], _ = table.addresses
+            model["embedding"] = table.address
             model["embedding_format"] = embedding.FORMATS[table.format]
         else:
             model["embedding"] = self._address(table)

@@ -21,7 +21,7 @@ from minipaged.model.config import ModelConfig
 from minipaged.model.tensor_reader import TensorReader
 from minipaged.model.weight_packer import WeightPacker
 from minipaged.model.weights import ModelWeights
-from minipaged.ops.cpu.packing import PackedWeight, array_shapes
+from minipaged.ops.cpu.packing import PackedWeight, array_shape
 
 
 def named_arrays(weights: ModelWeights) -> dict[str, np.ndarray]:
@@ -122,8 +122,7 @@ class _Outline(TensorReader):
         kind = _kind(self._format, role)
         if isinstance(kind, np.dtype):
             return _empty(matrix.shape, kind)
-        arrays = {name: _empty(*spec) for name, spec in array_shapes(kind, *matrix.shape).items()}
-        return PackedWeight(kind, *matrix.shape, **arrays)
+        return PackedWeight(kind, *matrix.shape, _empty(*array_shape(kind, *matrix.shape)))
 
 
 @cache

@@ -86,13 +86,13 @@ class PackedRows:
             raise ModelFormatError(f"tensor {name!r} holds NaN or infinite values; the file is damaged.")
         pairs = blocks[:, :, -16:]
         # Values 0-15 are low halves there, 16-31 high ones; here values k and k + 4 of every eight share a byte.
-        values = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(len(blocks), -1, 2, 4)
-        data = values[:, :, 0] | values[:, :, 1] << 4  # [n, columns / 8, 4]
+        values = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(len(blocks), -1, 4, 2, 4)
+        data = values[:, :, :, 0] | values[:, :, :, 1] << 4  # [n, columns / 32, words, 4]
         for first, run in self._runs(places):
             row = np.arange(first, first + len(data[run]))
-            self.packed.data[row // PANEL, :, row % PANEL] = data[run]
+            self.packed.words[row // PANEL, :, :, row % PANEL] = data[run]
             self.packed.scale[row // PANEL, :, row % PANEL] = scale[run]
-            self.packed.aux[row // PANEL, :, row % PANEL] = minimum[run]
+            self.packed.minimum[row // PANEL, :, row % PANEL] = minimum[run]
 
     def _runs(self, places: slice | np.ndarray):
         """``(first row of the packed weight, which of the values)`` of each run of consecutive rows."""

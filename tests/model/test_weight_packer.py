@@ -126,9 +126,9 @@ def unpacked(weight) -> np.ndarray:
     """int4 back to float32, by the drawing in ``packing.py``."""
     values = np.zeros((weight.num_panels, 48, weight.num_columns), np.float32)
     for k in range(weight.num_columns):
-        byte = weight.data[:, k // 8, :, k % 4]
+        byte = weight.words[:, k // 32, k % 32 // 8, :, k % 4]
         nibble = byte & 15 if k % 8 < 4 else byte >> 4
-        scale, minimum = (array[:, k // 32].astype(np.float32) for array in (weight.scale, weight.aux))
+        scale, minimum = (array[:, k // 32].astype(np.float32) for array in (weight.scale, weight.minimum))
         values[:, :, k] = nibble * scale + minimum
     return values.reshape(-1, weight.num_columns)[: weight.num_rows]
 

@@ -21,7 +21,7 @@ def run_product(kernel, packed, x, out=None, accumulate=False, panels=None):
         kernel.functions[0].ctypes(
             rows.ctypes.data,
             stride,
-            *packed.addresses,
+            packed.address,
             K,
             first,
             last,
@@ -66,11 +66,16 @@ def _element(packed, panel, lane, k):
     if packed.format == "bfloat16":
         return bfloat16_values(data[k // 2, lane, k % 2 : k % 2 + 1])[0]
     if packed.format == "int8":
-        return (float(data[k // 4, lane, k % 4]) - 128) * float(packed.scale[panel, k // INT8_GROUP, lane])
-    byte = int(data[k // 8, lane, k % 4])
+        record, k = data[k // INT8_GROUP], k % INT8_GROUP
+        return (float(record[(k // 4 * 48 + lane) * 4 + k % 4]) - 128) * _half(record, 4 * INT8_GROUP // 4 * 48, lane)
+    record, k = data[k // INT4_GROUP], k % INT4_GROUP
+    byte, after_words = int(record[(k // 8 * 48 + lane) * 4 + k % 4]), 4 * INT4_GROUP // 8 * 48
     nibble = byte >> 4 if k % 8 >= 4 else byte & 15
-    group = k // INT4_GROUP
-    return nibble * float(packed.scale[panel, group, lane]) + float(packed.aux[panel, group, lane])
+    return nibble * _half(record, after_words, lane) + _half(record, after_words + 2 * 48, lane)
+
+
+def _half(record, start, lane):
+    return float(record[start : start + 2 * 48].view(np.float16)[lane])
 
 
 def expected(packed, x, rounds_x_to_bfloat16=False):

@@ -9,10 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from .memory import bits_float, floats, part_of_caller, unsigned8, words16, words32
-from .packing import INT8_GROUP, PANEL
+from .packing import GROUPS, PANEL
 
 FORMATS = {"float32 rows": 0, "bfloat16 rows": 1, "float32": 2, "bfloat16": 3, "int8": 4}
 """Tables as plain rows, and packed in one of the formats that a lm_head may have."""
+
+_INT8 = GROUPS["int8"]
+_RECORD, _SCALE_OFFSET, _GROUP = _INT8.nbytes, _INT8.scale_offset, _INT8.size
 
 
 @part_of_caller
@@ -22,7 +25,7 @@ def _positive_half(bits):
 
 
 @part_of_caller
-def embed(format, table, scales, token, out_address, size):
+def embed(format, table, token, out_address, size):
     """Write the embedding of ``token``, ``size`` float32, to ``out_address``."""
     out, bits = floats(out_address, size), words32(out_address, size)
     panel, lane = token // PANEL, token % PANEL
@@ -44,10 +47,10 @@ def embed(format, table, scales, token, out_address, size):
         for i in range(size):
             bits[i] = np.uint32(halves[(i // 2 * PANEL + lane) * 2 + i % 2]) << np.uint32(16)
     else:
-        groups = (size + INT8_GROUP - 1) // INT8_GROUP
-        panel_size = INT8_GROUP * PANEL * groups
-        quantised = unsigned8(table + panel * panel_size, panel_size)
-        halves = words16(scales + 2 * PANEL * panel * groups, PANEL * groups)
+        groups = (size + _GROUP - 1) // _GROUP
+        records = table + panel * groups * _RECORD
+        quantised, halves = unsigned8(records, groups * _RECORD), words16(records, groups * _RECORD // 2)
         for i in range(size):
-            scale = _positive_half(halves[i // INT8_GROUP * PANEL + lane])
-            out[i] = (np.float32(quantised[(i // 4 * PANEL + lane) * 4 + i % 4]) - np.float32(128)) * scale
+            record, k = i // _GROUP * _RECORD, i % _GROUP
+            scale = _positive_half(halves[(record + _SCALE_OFFSET) // 2 + lane])
+            out[i] = (np.float32(quantised[record + (k // 4 * PANEL + lane) * 4 + k % 4]) - np.float32(128)) * scale

@@ -5,13 +5,18 @@ the product reads 48 neighbouring values. N is padded with zero rows to whole pa
 
     float32   [N/48][K   ][48]            4 bytes an element
     bfloat16  [N/48][K/2 ][48][2]         2 bytes; a pair of k is one 32-bit word
-    int8      [N/48][K/4 ][48][4]         1 byte; a quad of k is one 32-bit word
-              scale [N/48][K/96][48] f16  weight = scale * (byte - 128), byte - 128 in -127..127
-    int4      [N/48][K/8 ][48][4]         half a byte; byte j of the word for k..k+7 holds
-              scale [N/48][K/32][48] f16      k+j in its low nibble and k+4+j in its high one
-              aux   [N/48][K/32][48] f16  weight = scale * nibble + aux, the least of the 32 k
+    int8      [N/48][K/96] records        of 96 k each, whole cache lines:
+                  words [24][48][4]       1 byte; a quad of k is one 32-bit word
+                  scale [48] float16      weight = scale * (byte - 128), byte - 128 in -127..127
+    int4      [N/48][K/32] records        of 32 k each, whole cache lines:
+                  words [4][48][4]        half a byte; byte j of the word for k..k+7 holds
+                                              k+j in its low nibble and k+4+j in its high one
+                  scale [48] float16
+                  minimum [48] float16    weight = scale * nibble + minimum, the least of the 32 k
 
-The integer formats pad K to whole groups of 96 and 32.
+The integer formats pad K to whole groups of 96 and 32. What belongs to a group lies together, so that one row
+reads memory in a single sequence, which the hardware fetches ahead (int4, one row: 1.3 times as fast as with
+scales and minima in arrays of their own).
 
 The layout is the same at every level, so a packed file serves any CPU. Arrays start at a multiple of
 64 bytes (a cache line). Packing streams: rows arrive in slabs of any size, and no float copy is kept.
@@ -29,13 +34,45 @@ from minipaged.errors import ConfigError
 from .products import FORMATS
 
 PANEL = 48
-INT8_GROUP, INT4_GROUP = 96, 32  # k that share a scale
 ALIGNMENT = 64
 
 
 def round_up(value: int, multiple: int) -> int:
     """The smallest multiple that is not below ``value``."""
     return -(-value // multiple) * multiple
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """The record of a group of ``size`` neighbouring k, whose weights share a scale.
+
+    Attributes:
+        words: 32-bit words of one output in it.
+        has_minimum: the weights of an output share a minimum as well.
+    """
+
+    size: int
+    words: int
+    has_minimum: bool
+
+    @property
+    def scale_offset(self) -> int:
+        """Bytes before the scales."""
+        return 4 * PANEL * self.words
+
+    @property
+    def minimum_offset(self) -> int:
+        """Bytes before the minima."""
+        return self.scale_offset + 2 * PANEL
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a record."""
+        return round_up(self.minimum_offset + 2 * PANEL * self.has_minimum, ALIGNMENT)
+
+
+GROUPS = {"int8": GroupLayout(96, 24, False), "int4": GroupLayout(32, 4, True)}
+INT8_GROUP, INT4_GROUP = GROUPS["int8"].size, GROUPS["int4"].size
 
 
 def padded_rows(num_rows: int) -> int:
@@ -47,53 +84,62 @@ def padded_rows(num_rows: int) -> int:
 class PackedWeight:
     """One weight ``[num_rows, num_columns]`` in the layout of ``format``.
 
-    ``data``, ``scale`` and ``aux`` are arrays as drawn above; formats without scales have empty ones.
+    ``data`` is drawn above: an array of the float formats, bytes ``[N/48, groups, bytes of a record]`` of the
+    integer ones, whose parts are seen through :attr:`words`, :attr:`scale` and :attr:`minimum`.
     """
 
     format: str
     num_rows: int
     num_columns: int
     data: np.ndarray
-    scale: np.ndarray
-    aux: np.ndarray
 
     @property
     def num_panels(self) -> int:
         return self.data.shape[0]
 
     @property
-    def addresses(self) -> tuple[int, int, int]:
-        """``w, w_scale, w_aux`` for ``call_product``; valid while this object lives."""
-        return self.data.ctypes.data, self.scale.ctypes.data, self.aux.ctypes.data
+    def address(self) -> int:
+        """``w`` for ``call_product``; valid while this object lives."""
+        return self.data.ctypes.data
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes + self.scale.nbytes + self.aux.nbytes
+        return self.data.nbytes
+
+    @property
+    def words(self) -> np.ndarray:
+        """The words of an integer format: bytes ``[N/48, groups, words, 48, 4]`` of ``data``."""
+        layout = GROUPS[self.format]
+        return self.data[:, :, : layout.scale_offset].reshape(*self.data.shape[:2], layout.words, PANEL, 4)
+
+    @property
+    def scale(self) -> np.ndarray:
+        """The scales of an integer format: float16 ``[N/48, groups, 48]`` of ``data``."""
+        return self._halves(GROUPS[self.format].scale_offset)
+
+    @property
+    def minimum(self) -> np.ndarray:
+        """The minima of int4: float16 ``[N/48, groups, 48]`` of ``data``."""
+        return self._halves(GROUPS[self.format].minimum_offset)
+
+    def _halves(self, offset: int) -> np.ndarray:
+        return self.data[:, :, offset : offset + 2 * PANEL].view(np.float16)
 
 
-def array_shapes(format: str, num_rows: int, num_columns: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of ``data``, ``scale`` and ``aux`` (also what a packed file must hold).
+def array_shape(format: str, num_rows: int, num_columns: int) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of ``data`` (also what a packed file must hold).
 
     Raises:
         ConfigError: no such format.
     """
     panels = padded_rows(num_rows) // PANEL
-    none = ((0,), np.dtype(np.uint8))
     if format == "float32":
-        data = ((panels, num_columns, PANEL), np.dtype(np.float32))
-        return {"data": data, "scale": none, "aux": none}
+        return (panels, num_columns, PANEL), np.dtype(np.float32)
     if format == "bfloat16":
-        data = ((panels, round_up(num_columns, 2) // 2, PANEL, 2), np.dtype(np.uint16))
-        return {"data": data, "scale": none, "aux": none}
-    if format == "int8":
-        groups = round_up(num_columns, INT8_GROUP) // INT8_GROUP
-        data = ((panels, groups * (INT8_GROUP // 4), PANEL, 4), np.dtype(np.uint8))
-        return {"data": data, "scale": ((panels, groups, PANEL), np.dtype(np.float16)), "aux": none}
-    if format == "int4":
-        groups = round_up(num_columns, INT4_GROUP) // INT4_GROUP
-        data = ((panels, groups * (INT4_GROUP // 8), PANEL, 4), np.dtype(np.uint8))
-        per_group = ((panels, groups, PANEL), np.dtype(np.float16))
-        return {"data": data, "scale": per_group, "aux": per_group}
+        return (panels, round_up(num_columns, 2) // 2, PANEL, 2), np.dtype(np.uint16)
+    if format in GROUPS:
+        layout = GROUPS[format]
+        return (panels, round_up(num_columns, layout.size) // layout.size, layout.nbytes), np.dtype(np.uint8)
     raise ConfigError(f"no weight format {format!r}; the CPU backend has {', '.join(FORMATS)}.")
 
 
@@ -131,11 +177,10 @@ class Arena:
 
 def allocate(format: str, num_rows: int, num_columns: int, zeros: Callable = aligned_zeros) -> PackedWeight:
     """A packed weight of zeros, to be filled by :func:`pack_rows`; ``zeros``: as :func:`aligned_zeros`."""
-    shapes = array_shapes(format, num_rows, num_columns)
-    arrays = {name: zeros(shape, dtype) for name, (shape, dtype) in shapes.items()}
+    packed = PackedWeight(format, num_rows, num_columns, zeros(*array_shape(format, num_rows, num_columns)))
     if format == "int8":
-        arrays["data"].fill(0x80)  # 128 stands for zero
-    return PackedWeight(format, num_rows, num_columns, **arrays)
+        packed.words[...] = 0x80  # 128 stands for zero
+    return packed
 
 
 def pack(format: str, weight: np.ndarray, zeros: Callable = aligned_zeros) -> PackedWeight:
@@ -170,16 +215,22 @@ def _place_bfloat16(packed: PackedWeight, values: np.ndarray, panel: int, lanes:
 
 def _place_int8(packed: PackedWeight, values: np.ndarray, panel: int, lanes: slice) -> None:
     bytes_, scale = quantise_int8(_in_groups(values, INT8_GROUP))
-    packed.data[panel][:, lanes] = bytes_.reshape(len(values), -1, 4).transpose(1, 0, 2)
+    _place_words(packed, bytes_.reshape(len(values), -1, 4), panel, lanes)
     packed.scale[panel, :, lanes] = scale.T
 
 
 def _place_int4(packed: PackedWeight, values: np.ndarray, panel: int, lanes: slice) -> None:
     nibbles, scale, minimum = quantise_int4(_in_groups(values, INT4_GROUP))
     nibbles = nibbles.reshape(len(values), -1, 2, 4)  # [row][8 k][low or high][byte]
-    packed.data[panel][:, lanes] = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).transpose(1, 0, 2)
+    _place_words(packed, nibbles[:, :, 0] | nibbles[:, :, 1] << 4, panel, lanes)
     packed.scale[panel, :, lanes] = scale.T
-    packed.aux[panel, :, lanes] = minimum.T
+    packed.minimum[panel, :, lanes] = minimum.T
+
+
+def _place_words(packed: PackedWeight, words: np.ndarray, panel: int, lanes: slice) -> None:
+    """Write ``words [n, all words of a row, 4]`` to the records of a panel."""
+    groups, per_group = packed.words.shape[1:3]
+    packed.words[panel][:, :, lanes] = words.reshape(-1, groups, per_group, 4).transpose(1, 2, 0, 3)
 
 
 _PLACE = {"float32": _place_float32, "bfloat16": _place_bfloat16, "int8": _place_int8, "int4": _place_int4}

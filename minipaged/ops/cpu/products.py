@@ -6,7 +6,7 @@ by address, so one compiled step serves every weight format, even several in one
     kernel = product_kernel("int8")                       # in Python, when the tables are built
     ...
     call_prepare(kernel.prepare, x, x_stride, K, first_row, last_row, prepared, prepared_stride)
-    call_product(kernel.product, prepared, prepared_stride, w, w_scale, w_aux,
+    call_product(kernel.product, prepared, prepared_stride, w,
                  K, panel0, panel1, M, out, out_stride, accumulate)           # both in @njit code
 
 All arguments are int64: addresses and strides in bytes, or counts.
@@ -41,7 +41,7 @@ from minipaged.errors import ConfigError
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 
-PRODUCT_SIGNATURE = f"void({', '.join(['int64'] * 12)})"
+PRODUCT_SIGNATURE = f"void({', '.join(['int64'] * 10)})"
 PREPARE_SIGNATURE = f"void({', '.join(['int64'] * 7)})"
 
 
@@ -87,8 +87,6 @@ def call_product(
     x,
     x_stride,
     w,
-    w_scale,
-    w_aux,
     K,
     panel0,
     panel1,
@@ -98,7 +96,7 @@ def call_product(
     accumulate,
 ):
     """Call a ``ProductKernel.product`` from ``@njit`` code; see the module's docstring."""
-    return _calls_address(12)
+    return _calls_address(10)
 
 
 @intrinsic

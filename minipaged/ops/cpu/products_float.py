@@ -18,7 +18,7 @@ from . import features
 from .emit import I32, Emitter
 from .products import ProductKernel
 from .quantize import prepare_bfloat16
-from .tiles import PANEL, Strip, Tile, no_bytes, product_function, rows_of
+from .tiles import PANEL, STEP_BYTES, Strip, Tile, product_function, rows_of
 
 
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
@@ -34,7 +34,7 @@ def emit_float32(e: Emitter, tile: Tile) -> None:
 
     def one_strip(strip: Strip) -> None:
         def step(k, totals):
-            strip.prefetch(e, k)
+            strip.prefetch(e, k, e.mul(k, STEP_BYTES))
             return multiply_add(e, tile, totals, e.mul(k, 4), strip.load(e, k, e.f32))
 
         strip.store(e, rows_of(e.loop(tile.K, zeros(e, tile), step), tile.width))
@@ -55,7 +55,7 @@ def emit_bfloat16(e: Emitter, tile: Tile) -> None:
 
     def one_strip(strip: Strip) -> None:
         def step(pair, totals):
-            strip.prefetch(e, pair)
+            strip.prefetch(e, pair, e.mul(pair, STEP_BYTES))
             words, offset = strip.load(e, pair, e.i32), e.mul(pair, 8)
             totals = multiply_add(e, tile, totals, offset, first(words))
             return multiply_add(e, tile, totals, e.add(offset, 4), second(words))
@@ -76,7 +76,7 @@ def emit_bfloat16_dot(e: Emitter, tile: Tile) -> None:
 
     def one_strip(strip: Strip) -> None:
         def step(pair, totals):
-            strip.prefetch(e, pair)
+            strip.prefetch(e, pair, e.mul(pair, STEP_BYTES))
             words, result = strip.load(e, pair, e.i32), []
             for row, sums in enumerate(rows_of(totals, tile.width)):
                 values = e.load_broadcast(e.add(tile.row(e, row), e.mul(pair, 4)), I32)
@@ -117,11 +117,11 @@ def build(format: str) -> ProductKernel:
     isa = features.current()
     shapes = tile_shapes(isa)
     if format == "float32":
-        product = product_function("product-float32", shapes, emit_float32, float32_panel_bytes, no_bytes)
+        product = product_function("product-float32", shapes, emit_float32, float32_panel_bytes)
         return ProductKernel(format, product.address, 0, lambda K: 0, (product,))
     if not isa.has_bf16_dot:
-        product = product_function("product-bfloat16", shapes, emit_bfloat16, bfloat16_panel_bytes, no_bytes)
+        product = product_function("product-bfloat16", shapes, emit_bfloat16, bfloat16_panel_bytes)
         return ProductKernel(format, product.address, 0, lambda K: 0, (product,))
-    product = product_function("product-bfloat16", shapes, emit_bfloat16_dot, bfloat16_panel_bytes, no_bytes)
+    product = product_function("product-bfloat16", shapes, emit_bfloat16_dot, bfloat16_panel_bytes)
     prepare = prepare_bfloat16()
     return ProductKernel(format, product.address, prepare.address, lambda K: (K + 1) // 2 * 4, (product, prepare))

@@ -26,11 +26,10 @@ from llvmlite import ir
 from numba import njit
 
 from .emit import F16, I16, I32, Emitter, vector
+from .packing import GroupLayout
 from .products import ProductKernel
 from .quantize import prepare_groups, value_bytes
-from .tiles import LINE, PANEL, Strip, Tile, product_function, rows_of
-
-SCALES_AHEAD = 1024  # bytes: 10 groups of a panel
+from .tiles import STEP_BYTES, Strip, Tile, product_function, rows_of
 
 AddGroup = Callable[[Emitter, Callable, list[ir.Value], list[list[ir.Value]]], list[list[ir.Value]]]
 """``add_group(e, load, rows, sums)``: the int32 sums ``[row][vector]`` of one group.
@@ -41,62 +40,68 @@ AddGroup = Callable[[Emitter, Callable, list[ir.Value], list[list[ir.Value]]], l
 
 @dataclass(frozen=True)
 class GroupFormat:
-    """How a format keeps a group of ``size`` k.
+    """How a format keeps a group, and where its panels are while tiles go over them.
 
     Attributes:
-        words: 32-bit words of one output in a group.
-        has_minimum: weights have a minimum as well; ``w_aux`` holds it, and sums start at zero.
+        layout: of the group's record; with a minimum, sums start at zero.
         stays_in_l1: a panel does, while tiles go over it; only the next one need be asked for.
     """
 
     name: str
-    size: int
-    words: int
-    has_minimum: bool
+    layout: GroupLayout
     stays_in_l1: bool
 
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of a panel for one of its words, its part of the scales included."""
+        return -(-self.layout.nbytes // self.layout.words)
 
-def emit_groups(format: GroupFormat, add_group: AddGroup, layout: str, e: Emitter, tile: Tile) -> None:
-    """The product of a tile's rows with its panel, group by group; rows are prepared in ``layout``."""
-    group_bytes = format.size * value_bytes(layout)
-    groups = e.div(e.add(tile.K, format.size - 1), format.size)
+
+def emit_groups(
+    format: GroupFormat, add_group: AddGroup, layout: str, e: Emitter, tile: Tile, single_row: bool = True
+) -> None:
+    """The product of a tile's rows with its panel, group by group; rows are prepared in ``layout``.
+
+    ``single_row``: as :meth:`~minipaged.ops.cpu.tiles.Strip.prefetch`.
+    """
+    size, words, has_minimum = format.layout.size, format.layout.words, format.layout.has_minimum
+    group_bytes = size * value_bytes(layout)
+    groups = e.div(e.add(tile.K, size - 1), size)
     scales_at = e.mul(groups, group_bytes)  # in a row of x; the groups' sums follow
     sums_at = e.add(scales_at, e.mul(groups, 4))
 
-    def word(strip: Strip, step: ir.Value) -> list[ir.Value]:
-        if not format.stays_in_l1:
-            strip.prefetch(e, step, single_row=True)
-        return strip.load(e, step, e.i32)
+    def prefetch(strip: Strip, step: ir.Value, place: ir.Value, num_steps: int) -> None:
+        strip.prefetch(e, step, place, num_steps, single_row)
 
     def one_strip(strip: Strip) -> None:
         def group(g, totals):
-            step = e.mul(g, format.words)
+            first_step, record = e.mul(g, words), e.mul(g, format.layout.nbytes)
             if format.stays_in_l1:
-                strip.prefetch(e, step, format.words, single_row=True)
-            elif strip.is_whole_panel:
-                # The hardware does not follow a sequence that advances so slowly beside that of the weights.
-                # (One row of int8: a fifth faster. Scales of int4 come three times as fast, and are followed.)
-                for line in range(0, 2 * PANEL, LINE):
-                    e.prefetch(e.add(tile.w_scale, e.add(e.mul(g, 2 * PANEL), SCALES_AHEAD + line)), locality=3)
+                prefetch(strip, first_step, record, words)
+
+            def load(n: int | ir.Value) -> list[ir.Value]:
+                place = e.add(record, n * STEP_BYTES if isinstance(n, int) else e.mul(n, STEP_BYTES))
+                if not format.stays_in_l1:
+                    prefetch(strip, e.add(first_step, n), place, 1)
+                return strip.load_at(e, place, e.i32)
+
             rows = [tile.row(e, row) for row in range(tile.height)]
             quantised = [e.add(row, e.mul(g, group_bytes)) for row in rows]
             scales = [e.load_broadcast(e.add(e.add(row, scales_at), e.mul(g, 4))) for row in rows]
             sums_of_x = [e.add(e.add(row, sums_at), e.mul(g, 4)) for row in rows]
-            if format.has_minimum:
+            if has_minimum:
                 starts = [e.constant(e.i32, 0)] * tile.height
             else:
                 starts = [e.load_broadcast(address, I32) for address in sums_of_x]
-            sums = add_group(
-                e, lambda n: word(strip, e.add(step, n)), quantised, [[start] * tile.width for start in starts]
-            )
-            weight_scales = halves(e, strip, tile.w_scale, g)
+            sums = add_group(e, load, quantised, [[start] * tile.width for start in starts])
+            weight_scales = halves(e, strip, e.add(record, format.layout.scale_offset))
             result = []
             for row, values in enumerate(rows_of(totals, tile.width)):
                 for i, total in enumerate(values):
                     factor = e.fmul(weight_scales[i], scales[row])
                     result.append(e.fma(e.to_float(sums[row][i]), factor, total))
-            if format.has_minimum:
-                minima = halves(e, strip, tile.w_aux, g)
+            if has_minimum:
+                minima = halves(e, strip, e.add(record, format.layout.minimum_offset))
                 for row, values in enumerate(rows_of(result, tile.width)):
                     sum_of_x = e.load_broadcast(sums_of_x[row])
                     for i, total in enumerate(values):
@@ -106,12 +111,12 @@ def emit_groups(format: GroupFormat, add_group: AddGroup, layout: str, e: Emitte
         totals = e.loop(groups, [e.constant(e.f32, 0.0)] * (tile.height * tile.width), group)
         strip.store(e, rows_of(totals, tile.width))
 
-    tile.strips(e, e.mul(groups, format.words), one_strip)
+    tile.strips(e, e.mul(groups, words), one_strip, format.step_bytes)
 
 
-def halves(e: Emitter, strip: Strip, array: ir.Value, group: ir.Value) -> list[ir.Value]:
-    """A strip's part of the float16 row of ``group`` in a panel's array, as float32."""
-    address = e.add(e.add(array, e.div(strip.offset, 2)), e.mul(group, 2 * PANEL))  # half as wide as words
+def halves(e: Emitter, strip: Strip, place: ir.Value) -> list[ir.Value]:
+    """A strip's part of the float16 row that begins ``place`` bytes after its panel, as float32."""
+    address = e.add(e.add(strip.tile.w, e.div(strip.offset, 2)), place)  # half as wide as words
     return [_load_half(e, e.add(address, 2 * e.lanes * i)) for i in range(strip.tile.width)]
 
 
@@ -131,31 +136,32 @@ def _load_half(e: Emitter, address: ir.Value) -> ir.Value:
 
 
 def build_groups(
-    format: GroupFormat, shapes: dict[int, int], add_group: AddGroup, layout: str, tallest_of_many: int | None = None
+    format: GroupFormat,
+    shapes: dict[int, int],
+    add_group: AddGroup,
+    layout: str,
+    tallest_of_many: int | None = None,
+    sequence_ahead: int = 0,
 ) -> ProductKernel:
     """Compile the product of a format whose groups ``add_group`` adds up, and what prepares its rows.
 
-    ``shapes`` and ``tallest_of_many``: as :func:`~minipaged.ops.cpu.tiles.product_function`.
+    ``shapes``, ``tallest_of_many``, ``sequence_ahead``: as :func:`~minipaged.ops.cpu.tiles.product_function`.
     """
-    size, group_words = format.size, format.words
+    size, record_bytes = format.layout.size, format.layout.nbytes
 
     @njit(inline="always")
     def panel_bytes(K):
-        return (K + size - 1) // size * (group_words * 4 * PANEL)
-
-    @njit(inline="always")
-    def scale_bytes(K):
-        return (K + size - 1) // size * (2 * PANEL)
+        return (K + size - 1) // size * record_bytes
 
     def emit_tile(e: Emitter, tile: Tile) -> None:
-        emit_groups(format, add_group, layout, e, tile)
+        emit_groups(format, add_group, layout, e, tile, single_row=sequence_ahead > 0 or not e.isa.has_vnni)
 
     def row_bytes(K: int) -> int:
         return (K + size - 1) // size * (size * value_bytes(layout) + 8)
 
     product = product_function(
-        f"product-{format.name}", shapes, emit_tile, panel_bytes, scale_bytes, tallest_of_many
+        f"product-{format.name}", shapes, emit_tile, panel_bytes, format.step_bytes, tallest_of_many, sequence_ahead
     )
-    prepare = prepare_groups(layout, size, None if format.has_minimum else -128)
+    prepare = prepare_groups(layout, size, None if format.layout.has_minimum else -128)
     return ProductKernel(format.name, product.address, prepare.address, row_bytes, (product, prepare))
 

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 from . import features
 from .emit import I32, Emitter
-from .packing import INT4_GROUP
+from .packing import GROUPS
 from .products import ProductKernel
 from .products_groups import GroupFormat, build_groups
 
-FORMAT = GroupFormat("int4", size=INT4_GROUP, words=INT4_GROUP // 8, has_minimum=True, stays_in_l1=True)
+FORMAT = GroupFormat("int4", GROUPS["int4"], stays_in_l1=True)
 
 
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
@@ -44,7 +44,7 @@ def nibbles(e: Emitter, word):
 
 def add_group_vnni(e: Emitter, load, rows, sums):
     """``vpdpbusd`` over the 8 quads of a group; rows are ``bytes``."""
-    for n in range(FORMAT.words):
+    for n in range(FORMAT.layout.words):
         halves = [nibbles(e, word) for word in load(n)]
         for high in (0, 1):
             for row, address in enumerate(rows):
@@ -57,7 +57,7 @@ def add_group_vnni(e: Emitter, load, rows, sums):
 def add_group_pmaddubsw(e: Emitter, load, rows, sums):
     """``pmaddubsw`` over the 8 quads of a group, added up in int16; rows are ``bytes``."""
     pairs = [[e.constant(e.i16, 0)] * len(row) for row in sums]
-    for n in range(FORMAT.words):
+    for n in range(FORMAT.layout.words):
         halves = [nibbles(e, word) for word in load(n)]
         for high in (0, 1):
             for row, address in enumerate(rows):
@@ -73,7 +73,7 @@ def add_group_pmaddwd(e: Emitter, load, rows, sums):
     """``pmaddwd`` over even and odd bytes of the 8 quads of a group; rows are ``pairs``."""
     b = e.builder
     eight, low_byte = e.constant(e.i16, 8), e.constant(e.i16, 0xFF)
-    for n in range(FORMAT.words):
+    for n in range(FORMAT.layout.words):
         halves = [nibbles(e, word) for word in load(n)]
         for high in (0, 1):
             for odd in (0, 1):

@@ -29,12 +29,12 @@ from __future__ import annotations
 
 from . import features
 from .emit import I32, Emitter
-from .packing import INT8_GROUP
+from .packing import GROUPS
 from .products import ProductKernel
 from .products_groups import GroupFormat, build_groups
 from .tiles import PANEL, rows_of
 
-FORMAT = GroupFormat("int8", size=INT8_GROUP, words=INT8_GROUP // 4, has_minimum=False, stays_in_l1=False)
+FORMAT = GroupFormat("int8", GROUPS["int8"], stays_in_l1=False)
 
 
 def tile_shapes(isa: features.InstructionSet) -> dict[int, int]:
@@ -60,7 +60,7 @@ def _for_words(e: Emitter, sums, body):
     def step(n, state):
         return [total for row in body(n, rows_of(state, width)) for total in row]
 
-    return rows_of(e.loop(e.const(FORMAT.words), [total for row in sums for total in row], step), width)
+    return rows_of(e.loop(e.const(FORMAT.layout.words), [total for row in sums for total in row], step), width)
 
 
 def add_group_vnni(e: Emitter, load, rows, sums):
@@ -120,4 +120,5 @@ def build(format: str) -> ProductKernel:
         add_group, layout = add_group_pmaddubsw, "bytes"
     else:
         add_group, layout = add_group_pmaddwd, "pairs"
-    return build_groups(FORMAT, tile_shapes(isa), add_group, layout, tallest_of_many=4 if isa.has_vnni else None)
+    choices = {"tallest_of_many": 4, "sequence_ahead": 3072} if isa.has_vnni else {}
+    return build_groups(FORMAT, tile_shapes(isa), add_group, layout, **choices)

@@ -33,7 +33,7 @@ def _embed_rows(model, thread, num_threads):
     size = model.hidden_size
     for row in range(first, last):
         hidden = model.hidden + row * model.hidden_stride
-        embed(model.embedding_format, model.embedding, model.embedding_scales, ids[row], hidden, size)
+        embed(model.embedding_format, model.embedding, ids[row], hidden, size)
         if model.embedding_scale != 1:
             scale(hidden, float_bits(model.embedding_scale), hidden, size)
         if model.position_embedding:

@@ -18,8 +18,8 @@ def _record(floats: str, ints: str) -> np.dtype:
 LINEAR = _record(
     "",
     # product, prepare: addresses of compiled functions (products.py); row_bytes: from one prepared row to the next.
-    # weight, scale, aux: the packed arrays. bias: float32 [num_outputs].
-    "product prepare row_bytes weight scale aux bias num_inputs num_outputs num_panels",
+    # weight: the packed array. bias: float32 [num_outputs].
+    "product prepare row_bytes weight bias num_inputs num_outputs num_panels",
 )
 """``y = x @ weight.T + bias``."""
 
@@ -49,9 +49,9 @@ MODEL = _record(
     # Sizes.
     "num_layers hidden_size num_heads num_kv_heads head_dim padded_dim vocab_size inner_size "
     "block_size block_bytes k_bytes v_bytes item_bytes "
-    # Features. embedding_format: see embedding.py; embedding, embedding_scales: its arrays.
+    # Features. embedding_format: see embedding.py.
     "layer_norm activation gated qk_norm post_norms "
-    "embedding_format embedding embedding_scales position_embedding final_norm final_norm_bias lm_head "
+    "embedding_format embedding position_embedding final_norm final_norm_bias lm_head "
     "num_experts experts_per_token normalize_experts "
     # Buffers, one row a token, strides in bytes. prepared: input of a product.
     "hidden hidden_stride normed output qkv qkv_stride attended attended_stride inner inner_stride "

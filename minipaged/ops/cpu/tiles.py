@@ -36,7 +36,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llvmlite import ir
-from numba import njit
 
 from . import features
 from .compile_cache import c_function
@@ -47,7 +46,6 @@ PANEL = 48  # outputs of a panel: 3 vectors of 16 lanes, 6 of 8, 12 of 4
 STEP_BYTES = 4 * PANEL  # of a panel in one step: 1 k of float32, 2 of bfloat16, 4 of int8, 8 of int4
 LINE = 64
 NEAR_STEPS = 8  # how far ahead L1 is filled
-SEQUENCE_AHEAD = 2048  # bytes that one or two rows ask ahead in their own sequence
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,6 @@ class Tile:
     x: ir.Value
     x_stride: ir.Value
     w: ir.Value
-    w_scale: ir.Value
-    w_aux: ir.Value
     K: ir.Value
     out: ir.Value
     out_stride: ir.Value
@@ -76,17 +72,20 @@ class Tile:
         """The address of a row of x."""
         return e.add(self.x, e.mul(self.x_stride, index))
 
-    def strips(self, e: Emitter, num_steps: ir.Value, body: Callable[[Strip], None]) -> None:
-        """Emit ``body`` for every strip of the panel."""
+    def strips(
+        self, e: Emitter, num_steps: ir.Value, body: Callable[[Strip], None], step_bytes: int = STEP_BYTES
+    ) -> None:
+        """Emit ``body`` for every strip of the panel; ``step_bytes``: as :func:`product_function`."""
         strip_bytes = self.width * e.isa.vector_bytes
         if strip_bytes == STEP_BYTES:
-            body(Strip(self, e.const(0), self.next_w, self.next_stride, strip_bytes))
+            body(Strip(self, e.const(0), self.next_w, self.next_stride, strip_bytes, step_bytes))
             return
+        share_bytes = -(-strip_bytes * step_bytes // STEP_BYTES)
 
         def once(index, state):
-            share = e.div(e.add(self.num_tiles, strip_bytes - 1), self.num_tiles)  # of the next panel, at each step
+            share = e.div(e.add(self.num_tiles, share_bytes - 1), self.num_tiles)  # of the next panel, at each step
             next_w = e.add(self.next_w, e.mul(index, e.mul(num_steps, share)))
-            body(Strip(self, e.mul(index, strip_bytes), next_w, share, strip_bytes))
+            body(Strip(self, e.mul(index, strip_bytes), next_w, share, strip_bytes, share_bytes))
             return []
 
         e.loop(e.const(STEP_BYTES // strip_bytes), [], once)
@@ -101,29 +100,38 @@ class Strip:
     next_w: ir.Value  # where in the next panel this strip begins to ask for lines
     next_stride: ir.Value  # and how many bytes farther at each step
     width_bytes: int  # in a step of the panel
+    share_bytes: int  # the same, with its part of what lies between steps
 
     @property
     def is_whole_panel(self) -> bool:
         return self.width_bytes == STEP_BYTES
 
     def load(self, e: Emitter, step: ir.Value, type_: ir.Type) -> list[ir.Value]:
-        """The weights of one step, as vectors of ``type_``."""
-        return self.vectors(e, e.add(e.add(self.tile.w, self.offset), e.mul(step, STEP_BYTES)), type_)
+        """The weights of one step, as vectors of ``type_``, where steps follow each other without anything between."""
+        return self.load_at(e, e.mul(step, STEP_BYTES), type_)
 
-    def prefetch(self, e: Emitter, step: ir.Value, num_steps: int = 1, single_row: bool = False) -> None:
+    def load_at(self, e: Emitter, place: ir.Value, type_: ir.Type) -> list[ir.Value]:
+        """The weights of the step that begins ``place`` bytes after its panel."""
+        return self.vectors(e, e.add(e.add(self.tile.w, self.offset), place), type_)
+
+    def prefetch(
+        self, e: Emitter, step: ir.Value, place: ir.Value, num_steps: int = 1, single_row: bool = False
+    ) -> None:
         """Ask for lines that steps ``step .. step + num_steps - 1`` have the time to wait for.
 
-        ``single_row``: below AVX-512, one row asks for near lines of its sequence. It pays only where a step takes
-        the multipliers longer than the hardware expects.
+        ``place``: bytes after the panel where ``step`` begins. ``single_row``: one row asks for lines of its sequence
+        although the hardware follows it: near ones below AVX-512, else those of ``sequence_ahead``. It pays only where
+        a step takes the multipliers longer than the hardware expects, or scales lie far from each other.
         """
         near, later = not self.is_whole_panel and num_steps == 1, True  # several steps: of a panel that stays in L1
-        if self.is_whole_panel and self.tile.height == 1 and e.isa.vector_bytes < 64:
-            near, later = single_row, False
-        near_w = e.add(e.add(self.tile.w, self.offset), e.mul(step, STEP_BYTES))
+        if self.is_whole_panel and self.tile.height == 1:
+            near, later = single_row and e.isa.vector_bytes < 64, single_row and e.isa.vector_bytes == 64
+        near_w = e.add(e.add(self.tile.w, self.offset), place)
         later_w = e.add(self.next_w, e.mul(step, self.next_stride))
         for line in range(0, self.width_bytes * num_steps, LINE):
             if near:
                 e.prefetch(e.add(near_w, NEAR_STEPS * STEP_BYTES + line), locality=3)
+        for line in range(0, self.share_bytes * num_steps, LINE):
             if later:
                 e.prefetch(e.add(later_w, line), locality=2)
 
@@ -153,8 +161,9 @@ def product_function(
     shapes: dict[int, int],
     emit_tile: Callable[[Emitter, Tile], None],
     panel_bytes: Callable[[int], int],
-    scale_bytes: Callable[[int], int],
+    step_bytes: int = STEP_BYTES,
     tallest_of_many: int | None = None,
+    sequence_ahead: int = 0,
 ):
     """Compile a product: walks panels and rows, and calls the emitted tiles.
 
@@ -163,8 +172,9 @@ def product_function(
         shapes: height of a tile -> its width in vectors, for every height 1, 2, ... in use.
         emit_tile: emits the product of the rows of a tile with its panel.
         panel_bytes: njit function ``K -> bytes`` of a packed panel.
-        scale_bytes: njit function ``K -> bytes`` of a panel's scales, and of its minima.
+        step_bytes: of a step of a panel, with its part of what lies between steps.
         tallest_of_many: height that tiles have at most where one does not hold all rows; default: the tallest.
+        sequence_ahead: how many bytes ahead one row asks in its sequence, where it does.
 
     Returns a ``CFunc`` with the arguments of :mod:`~minipaged.ops.cpu.products`.
     """
@@ -172,7 +182,7 @@ def product_function(
     lanes = features.current().lanes
     tallest_of_whole_panel = max((height for height, width in shapes.items() if width * lanes == PANEL), default=0)
 
-    @kernel(13)
+    @kernel(11)
     def rows(e, height, *arguments):
         e.switch(
             height,
@@ -180,16 +190,16 @@ def product_function(
         )
 
     @c_function(PRODUCT_SIGNATURE, name)
-    def product(x, x_stride, w, w_scale, w_aux, K, panel0, panel1, M, out, out_stride, accumulate):
+    def product(x, x_stride, w, K, panel0, panel1, M, out, out_stride, accumulate):
         size = panel_bytes(K)
         num_tiles = 1 if M <= tallest else (M + tallest_of_many - 1) // tallest_of_many
         share = (size + num_tiles - 1) // num_tiles  # of the next panel, fetched by each tile
-        next_stride = (STEP_BYTES + num_tiles - 1) // num_tiles
+        next_stride = (step_bytes + num_tiles - 1) // num_tiles
         for panel in range(panel0, panel1):
             w_panel = w + panel * size
             next_w = min(panel + 1, panel1 - 1) * size + w
             if M <= tallest_of_whole_panel and num_tiles == 1:  # a sequence, which the hardware follows
-                next_w, next_stride = (w_panel + SEQUENCE_AHEAD, STEP_BYTES) if M <= 2 else (x, 0)  # x is in L1
+                next_w, next_stride = (w_panel + sequence_ahead, step_bytes) if M == 1 else (x, 0)  # x is in L1
             row = 0
             for tile in range(num_tiles):
                 height = (M - row + num_tiles - tile - 1) // (num_tiles - tile)
@@ -198,8 +208,6 @@ def product_function(
                     x + row * x_stride,
                     x_stride,
                     w_panel,
-                    w_scale + panel * scale_bytes(K),
-                    w_aux + panel * scale_bytes(K),
                     K,
                     out + row * out_stride + 4 * PANEL * panel,
                     out_stride,
@@ -211,9 +219,3 @@ def product_function(
                 row += height
 
     return product
-
-
-@njit(inline="always")
-def no_bytes(K):
-    """The ``scale_bytes`` of a format without scales."""
-    return 0

@@ -73,8 +73,8 @@ def run_soft_cap(*args):
 
 
 @njit
-def run_embed(format, table, scales, token, out, size):
-    embed(format, table, scales, token, out, size)
+def run_embed(format, table, token, out, size):
+    embed(format, table, token, out, size)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -137,11 +137,11 @@ def test_embeddings(name):
     for token in (0, 47, 48, 99):
         if name.endswith("rows"):
             rows = table if name == "float32 rows" else to_bfloat16(table)
-            addresses = address(rows), 0
+            start = address(rows)
         else:
             packed = pack(name, table)
-            addresses = packed.addresses[:2]
-        run_embed(FORMATS[name], *addresses, token, address(out), 18)
+            start = packed.address
+        run_embed(FORMATS[name], start, token, address(out), 18)
         np.testing.assert_allclose(out, table[token], atol=tolerance * np.abs(table[token]).max())
 
 

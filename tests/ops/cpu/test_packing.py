@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minipaged.errors import ConfigError
 from minipaged.ops.cpu import packing
-from minipaged.ops.cpu.packing import INT8_GROUP, allocate, array_shapes, pack, pack_rows, quantise_int4, to_bfloat16
+from minipaged.ops.cpu.packing import INT8_GROUP, allocate, array_shape, pack, pack_rows, quantise_int4, to_bfloat16
 from minipaged.ops.cpu.products import FORMATS
 from tests.support.cpu_products import bfloat16_values, unpacked
 
@@ -21,12 +21,22 @@ def weights(N, K, seed=0):
 @pytest.mark.parametrize("format", FORMATS)
 def test_arrays_are_aligned_and_as_announced(format):
     packed = pack(format, weights(100, 70))
-    for name, (shape, dtype) in array_shapes(format, 100, 70).items():
-        array = getattr(packed, name)
-        assert (array.shape, array.dtype) == (shape, dtype)
-        assert array.size == 0 or array.ctypes.data % 64 == 0
+    assert (packed.data.shape, packed.data.dtype) == array_shape(format, 100, 70)
+    assert packed.address == packed.data.ctypes.data and packed.address % 64 == 0
     assert packed.num_panels == 3
-    assert packed.nbytes == packed.data.nbytes + packed.scale.nbytes + packed.aux.nbytes
+    assert packed.nbytes == packed.data.nbytes
+
+
+@pytest.mark.parametrize(
+    "format,nbytes,parts", [("int8", 4736, ("words", "scale")), ("int4", 960, ("words", "scale", "minimum"))]
+)
+def test_the_parts_of_a_record_are_views_that_do_not_overlap(format, nbytes, parts):
+    packed = allocate(format, 50, 200)
+    packed.data[...] = 0
+    assert packed.data.shape[2] == nbytes and nbytes % 64 == 0
+    for part in parts:
+        getattr(packed, part).view(np.uint8)[...] += 1
+    assert packed.data.max() == 1 and packed.data.sum() == sum(getattr(packed, part).nbytes for part in parts)
 
 
 @settings(max_examples=30, deadline=None)
@@ -42,8 +52,7 @@ def test_slabs_of_any_size_and_order_give_the_same(format, N, K, cuts):
     edges = sorted({0, N, *(cut for cut in cuts if cut < N)})
     for first, last in reversed(list(zip(edges, edges[1:], strict=False))):
         pack_rows(parts, weight[first:last], first)
-    for name in ("data", "scale", "aux"):
-        assert np.array_equal(getattr(whole, name), getattr(parts, name)), name
+    assert np.array_equal(whole.data, parts.data)
 
 
 def test_int8_rounds_to_half_a_step():
@@ -80,7 +89,8 @@ def test_values_that_int4_can_store_come_back_unchanged():
 def test_values_beyond_the_scale_s_range_stay_finite(format):
     weight = weights(48, 64) * np.float32(1e30)
     packed = pack(format, weight)
-    assert np.isfinite(packed.scale).all() and np.isfinite(packed.aux).all()
+    assert np.isfinite(packed.scale).all()
+    assert format == "int8" or np.isfinite(packed.minimum).all()
 
 
 def test_bfloat16_rounds_to_nearest_even():

@@ -40,7 +40,7 @@ def test_the_sums_of_a_group_are_exact(K):
     weight, x = weight_and_rows(48, K, 3)
     packed = pack("int8", weight)
     q, scale = quantised_rows(x, INT8_GROUP)
-    words = packed.data.transpose(0, 2, 1, 3).reshape(48, -1).astype(np.int64) - 128
+    words = packed.words[0, 0].transpose(1, 0, 2).reshape(48, -1).astype(np.int64) - 128
     exact = (q[:, 0] @ words.T).astype(np.float32) * (packed.scale[0, 0].astype(np.float32) * scale)
     assert np.array_equal(run_product(product_kernel("int8"), packed, x), exact)
 

@@ -84,7 +84,7 @@ def assembly(emit, isa, height, width, cpu):
     """The tile as a function of its own, compiled for ``cpu``."""
     module = ir.Module()
     module.triple = "x86_64-unknown-linux-gnu"
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 12), "tile")
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [I64] * 10), "tile")
     builder = ir.IRBuilder(function.append_basic_block())
     emit(Emitter(builder, isa), Tile(height, width, *function.args))
     builder.ret_void()
@@ -115,7 +115,7 @@ def test_avx512_tiles_are_what_they_should_be(format, cpu):
     text = assembly(emit, isa, height, shapes[height], cpu)
     lines = text.splitlines()
     dots = [i for i, line in enumerate(lines) if re.match(rf"\s+{instruction}\s.*%zmm\d+$", line)]
-    steps = 2 * products_int4.FORMAT.words if format == "int4" else 1
+    steps = 2 * products_int4.FORMAT.layout.words if format == "int4" else 1
     assert len(dots) >= height * shapes[height] * steps, text
     inner_loop = "\n".join(lines[dots[0] : dots[-1]])
     assert not re.search(r"zmm.*\(%rsp\)|\(%rsp\).*zmm", inner_loop), f"an accumulator lives in memory:\n{inner_loop}"
