@@ -197,9 +197,10 @@ class LengthController:
             pure: whether no row but these was computed (no chunk of a prompt).
         """
         if pure and num_sequences:
-            if not self.step_cost.known:
-                self.purse = FIRST_STEPS * seconds
+            is_first = self.step_cost.num_observed < PLAIN_STEPS
             seconds = self.step_cost.observe(num_sequences + num_guessed, seconds)
+            if is_first:  # again with each, for the one before may have been disturbed
+                self.purse = FIRST_STEPS * self.step_cost(num_sequences)
             self._num_speculative = self._num_speculative + 1 if num_guessed else 0
         self.purse += ALLOWANCE * (seconds + guessing) - guessing
         if num_sequences:

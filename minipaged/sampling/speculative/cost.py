@@ -4,6 +4,7 @@ from __future__ import annotations
 
 DECAY = 0.98  # a step counts half after 34 others
 OUTLIER = 1.5  # a step that took longer than this many times the expected was disturbed from outside
+EARLY_STEPS = 3  # among so many, the first ones, the quickest shows which were disturbed
 PRIOR_WEIGHT = 0.1  # of the first guess at the slope, in units of the variance of rows
 PRIOR_ROWS = 16  # first guess: the fixed part of a step costs as much as this many rows
 
@@ -17,6 +18,10 @@ class LinearCost:
 
     def __init__(self) -> None:
         self.num_observed = 0
+        self._start()
+
+    def _start(self) -> None:
+        """Know of no step."""
         self.fixed = 0.0
         self.per_row = 0.0
         self._weight = self._rows = self._seconds = self._rows_rows = self._rows_seconds = 0.0
@@ -32,7 +37,9 @@ class LinearCost:
 
     def observe(self, rows: int, seconds: float) -> float:
         """A step of ``rows`` rows took ``seconds``; returns how many of them are believed to be its own."""
-        if self.known:
+        if self.num_observed < EARLY_STEPS and OUTLIER * seconds < self(rows):
+            self._start()  # those before were disturbed: nothing told so, and they would count for long
+        elif self.known:
             seconds = min(seconds, OUTLIER * self(rows))
         self.num_observed += 1
         self._weight = self._weight * DECAY + 1

@@ -1,5 +1,6 @@
 """Draft lengths follow what pays, and what speculation can lose is bounded."""
 
+import itertools
 import random
 
 import pytest
@@ -35,6 +36,14 @@ def test_a_stalled_step_changes_little():
         cost.observe(rows, 1.0)
     cost.observe(5, 1000.0)
     assert cost(5) < 1.4
+
+
+@pytest.mark.parametrize("stalled", [{0}, {1}, {0, 1}])
+def test_steps_that_stalled_at_first_are_forgotten(stalled):
+    cost = LinearCost()
+    for number in range(3):
+        cost.observe(4, 500.0 if number in stalled else 1.0)
+    assert cost(4) < 1.3 and cost.num_observed == 3
 
 
 def test_acceptance_learns_and_forgets():
@@ -121,6 +130,15 @@ def test_bad_guesses_cost_at_most_a_twentieth(rate, noise):
     """A round of guessing costs half a step here; so does each row."""
     world = World(step=(1.0, 1.0), draft=(1.0, 0.1), each_token=True, noise=noise)
     assert world.run(500, [rate]) > 0.95
+
+
+@pytest.mark.parametrize("stall", [5.0, 20.0, 100.0])
+def test_a_first_step_that_stalls_does_not_make_bad_guesses_seem_free(stall):
+    world = World(step=(0.25, 0.035), draft=(0.02, 0.0), noise=0.05, num_sequences=8)
+    usual, factors = world._time, itertools.chain([stall], itertools.repeat(1.0))
+    world._time = lambda line, rows: usual(line, rows) * (next(factors) if line is world.step else 1.0)
+    world.run(384, [0.07] * 8)
+    assert sum(map(sum, world.lengths)) < 150  # 40 without a stall
 
 
 def test_guessing_resumes_when_text_becomes_predictable():
