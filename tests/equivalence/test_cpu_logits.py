@@ -6,6 +6,7 @@ sequences, after a prefix hit, on one thread and on two, in any blocks of any si
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from minipaged.sampling.sampler import examine
 
 FOLDER = Path(__file__).parent.parent / "fixtures" / "parity"
 CASES = sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
+NONE = np.zeros(0, np.int32)
 LENGTH, NUM_SLOTS, MAX_TOKENS = 40, 512, 160
 
 
@@ -130,6 +132,9 @@ def test_only_wanted_rows_give_the_same(model):
         batch.logits_indices = np.array([0, 17, LENGTH - 1], np.int32)
         return forward(batch, cache)
 
+    table = machine.sequence()
+    machine.decoder.forward = lambda batch, cache: forward(dataclasses.replace(batch, logits_indices=NONE), cache)
+    assert len(machine.step([(ids, table, 0, LENGTH)])[0]) == 0, "a chunk of a prompt"
     machine.decoder.forward = wanted_only
     table = machine.sequence()
     np.testing.assert_array_equal(machine.step([(ids, table, 0, LENGTH)])[0], whole[[0, 17, LENGTH - 1]])

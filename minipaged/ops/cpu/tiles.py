@@ -191,6 +191,8 @@ def product_function(
 
     @c_function(PRODUCT_SIGNATURE, name)
     def product(x, x_stride, w, K, panel0, panel1, M, out, out_stride, accumulate):
+        if M == 0:  # a chunk of a prompt wants no logits, and no tile has so few rows
+            return
         size = panel_bytes(K)
         num_tiles = 1 if M <= tallest else (M + tallest_of_many - 1) // tallest_of_many
         share = (size + num_tiles - 1) // num_tiles  # of the next panel, fetched by each tile

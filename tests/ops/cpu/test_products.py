@@ -92,6 +92,15 @@ def test_panels_may_be_shared_out(format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_no_rows_write_nothing(format):
+    """As in a step that computes a chunk of a prompt and nothing else: nobody wants its logits."""
+    weight, x = weight_and_rows(60, 40, 1)
+    out = np.full((1, padded_rows(60)), 7, np.float32)
+    run_product(product_kernel(format), pack(format, weight), x[:0], out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_accumulate_adds_the_product_to_what_is_there(format):
     weight, x = weight_and_rows(60, 40, 5)
     packed, kernel = pack(format, weight), product_kernel(format)
