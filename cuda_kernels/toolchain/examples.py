@@ -93,7 +93,8 @@ def _blank(*shape) -> np.ndarray:
 
 def _embedding(sizes: Sizes, cc, rng) -> Example:
     ids = rng.integers(0, sizes.vocab, sizes.tokens).astype(np.int32)
-    table = _normal(rng, sizes.vocab, sizes.hidden)
+    table = np.zeros((sizes.vocab, sizes.hidden), np.float32)
+    table[ids] = _normal(rng, sizes.tokens, sizes.hidden)  # the rest, which may be gigabytes, is never read
     out = _blank(sizes.tokens, sizes.hidden)
     grid = embedding.launch_dims(sizes.tokens)[0]
     return Example(embedding.build(), grid, (ids, table, out, sizes.hidden, np.float32(1)), 2 * out.nbytes + ids.nbytes)
@@ -341,10 +342,9 @@ def _sample(sizes: Sizes, cc, rng) -> Example:
     reals, integers = np.tile([0.8, 0.9, 0.01], (rows, 1)), np.zeros((rows, 5), np.int64)
     integers[:, :3] = rng.integers(1, 50, (rows, 3))
     integers[::2, 2], integers[:, 3] = 0, np.arange(rows)
-    room = 1  # a block takes one row after the other
-    work = np.zeros((room, sizes.vocab), np.int32), np.zeros((room, sizes.vocab))
+    work = np.zeros((rows, sizes.vocab), np.int32), np.zeros((rows, sizes.vocab))
     arguments = (raw, raw, reals, integers, *work, np.zeros((rows, 2), np.int32), rows, sizes.vocab)
-    return Example(sample.build(), sample.launch_dims(rows, room)[0], arguments)
+    return Example(sample.build(), sample.launch_dims(rows, rows)[0], arguments)
 
 
 EXAMPLES: dict[str, Callable[[Sizes, tuple[int, int], np.random.Generator], Example]] = {
