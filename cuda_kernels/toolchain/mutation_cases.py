@@ -153,13 +153,13 @@ _PARAMETERS = np.array(  # temperature, top_p, min_p, top_k
 
 
 def _greedy(base: Example) -> Example:
-    """The likeliest token in each of seven turns of the block, and of two equal ones."""
-    logits = np.random.default_rng(16).integers(-40, 0, (16, 3300)).astype(np.float32) / 8
+    """The likeliest token in each of eleven turns of the block (twice four and three), and of two equal ones."""
+    logits = np.random.default_rng(16).integers(-40, 0, (20, 5300)).astype(np.float32) / 8
     draws = _planted(logits)
     integers = np.zeros((draws, 5), np.int64)
     integers[:, 3], integers[:, 4] = np.arange(draws), 1
-    reals, work = np.tile([0.0, 1, 0], (draws, 1)), (np.zeros((draws, 3300), np.int32), np.zeros((draws, 3300)))
-    arguments = (logits, logits.copy(), reals, integers, *work, np.zeros((draws, 2), np.int32), draws, 3300)
+    reals, work = np.tile([0.0, 1, 0], (draws, 1)), (np.zeros((draws, 5300), np.int32), np.zeros((draws, 5300)))
+    arguments = (logits, logits.copy(), reals, integers, *work, np.zeros((draws, 2), np.int32), draws, 5300)
     return replace(base, grid=(draws, 1, 1), arguments=arguments)
 
 
@@ -168,7 +168,9 @@ def _sample(base: Example) -> Iterator[Example]:
     yield _greedy(base)
     for vocab, rooms, choices in ((37, 2, (7, 0, 6)), (1300, 16, range(16)), (4700, 3, (1, 9, 4))):
         rng, draws = np.random.default_rng(vocab), len(choices)
-        raw = np.round(3 * rng.standard_normal((draws, vocab))).astype(np.float32)
+        raw = (3 * rng.standard_normal((draws, vocab))).astype(np.float32)
+        if vocab < 4700:  # there no two are equal, so that each of the counted moves the k-th largest
+            raw = np.round(raw)
         processed = np.where(rng.random(raw.shape) < 0.3, -np.inf, raw).astype(np.float32)
         reals = _PARAMETERS[np.array(choices) % len(_PARAMETERS)]
         integers = np.zeros((draws, 5), np.int64)
