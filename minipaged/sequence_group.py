@@ -116,8 +116,8 @@ class SequenceGroup:
         return DrawOrder([drawn.sampling for drawn in self._continuing(sequence)])
 
     def prompt_order(self) -> PromptOrder:
-        """What is still wanted of the prompt's logits, if ``prompt_logprobs`` is not ``None``. (A preempted request computes its prompt again, and must not
-        report it twice.)"""
+        """What is still wanted of the prompt's logits, if ``prompt_logprobs`` is not ``None``. (A preempted request
+        computes its prompt again, and must not report it twice.)"""
         return PromptOrder(self.prompt_token_ids, self.params.prompt_logprobs, len(self.prompt_logprobs) - 1)
 
     def take_prompt_logprobs(self, logits: StepLogits, first: int, rows: slice, tokenizer: Tokenizer) -> None:
