@@ -38,7 +38,8 @@ class EngineConfig:
             ``"reference"``, bfloat16 weights on ``"cpu"``, 16-bit floats on ``"cuda"``.
         quantization: ``None``, ``"int8"`` or ``"int4"``; weights only.
         kv_cache_dtype: precision of the KV cache; ``"auto"``: float32 with ``dtype="float32"`` and on
-            ``"reference"``, else bfloat16.
+            ``"reference"``; on ``"cpu"`` int8 beside quantised weights if the CPU multiplies bytes (AVX-512
+            VNNI), else bfloat16; on ``"cuda"`` as ``dtype``.
         num_blocks: KV blocks in the pool; ``None`` sizes it from ``kv_cache_memory``.
         kv_cache_memory: bytes for the KV pool when ``num_blocks`` is ``None``; ``None`` lets the
             engine choose: room for ``max_num_seqs`` sequences of ``max_model_len`` tokens, at most

@@ -262,7 +262,7 @@ class CpuDecoder:
         )
         group = config.num_heads // config.num_kv_heads
         scratch = packing.round_up(
-            attention.scratch_bytes(group, config.head_dim, layout.padded_dim) + 4 * config.num_experts, 4096
+            attention.scratch_bytes(group, layout.padded_dim) + 4 * config.num_experts, 4096
         )
         model["scratch_bytes"] = scratch
         model["scratch"] = self._address(aligned_zeros((num_threads, scratch), np.dtype(np.uint8)))

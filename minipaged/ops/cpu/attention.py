@@ -25,13 +25,14 @@ from functools import cache
 
 from numba.core.ccallback import CFunc
 
+from .attention_formats import QUERY_TAIL, factor_bytes
 from .attention_kernels import (
     CHUNK,
     ENTRY,
     LINE,
+    RESULT,
     fetch_kernel,
     query_kernel,
-    rounds_factors,
     score_kernel,
     softmax_kernel,
     tallest,
@@ -45,7 +46,7 @@ from .phases import PHASE_SIGNATURE, layer_at, model_at
 from .team import fetch_add
 
 ROWS = 48  # rows that a tile should have: enough that reading K and V costs little
-_LIST_BYTES = ENTRY * (CHUNK + 2)  # of a chunk, in blocks of one token, made even at both ends
+_LIST_BYTES = ENTRY * (CHUNK + 8)  # of a chunk, in blocks of one token, and what completes the words at its ends
 
 
 def queries_per_tile(heads_per_kv_head: int) -> int:
@@ -53,17 +54,18 @@ def queries_per_tile(heads_per_kv_head: int) -> int:
     return max(1, ROWS // heads_per_kv_head)
 
 
-def scratch_bytes(heads_per_kv_head: int, head_dim: int, padded_dim: int) -> int:
+def scratch_bytes(heads_per_kv_head: int, padded_dim: int) -> int:
     """Working memory of a thread."""
     rows = queries_per_tile(heads_per_kv_head) * heads_per_kv_head
-    return 4 * rows * (head_dim + 1 + CHUNK + 2 * padded_dim + 4) + 2 * _LIST_BYTES + 4 * padded_dim + 4096
+    per_row = 4 * (CHUNK + 3 * padded_dim) + QUERY_TAIL + 2 * RESULT
+    return rows * per_row + 2 * _LIST_BYTES + 4 * (CHUNK + padded_dim) + 4096
 
 
 @part_of_caller
 def _combine(rows, padded_dim, part, part_result, total, total_result):
     """Fold a chunk's weighted values into those of the chunks before it."""
     for row in range(rows):
-        new, old = floats(part_result + 8 * row, 2), floats(total_result + 8 * row, 2)
+        new, old = floats(part_result + RESULT * row, 2), floats(total_result + RESULT * row, 2)
         x, y = total + 4 * padded_dim * row, part + 4 * padded_dim * row
         if new[1] == 0:  # the row sees nothing of this chunk
             continue
@@ -96,8 +98,8 @@ def _range_of(model, layer, item):
 def _build_list(dtype: str):
     """``list_pieces(model, layer, item, chunk, entries, zeros) -> (number, first position)``.
 
-    The pieces of K and V, at ``entries``, that hold what the item sees of a chunk. Where bfloat16 is stored in
-    blocks of one token, ``zeros`` stand for the tokens that would complete the first and last pair.
+    The pieces of K and V, at ``entries``, that hold what the item sees of a chunk. Where a block has fewer tokens
+    than a word has values, ``zeros`` stand for the tokens that would complete the first and the last word.
     """
     item_bytes, terms = ITEM_BYTES[dtype], TERMS[dtype]
 
@@ -142,7 +144,8 @@ def attention_phase(dtype: str) -> CFunc:
     score, weigh, softmax, fetch = (make(dtype) for make in (score_kernel, weigh_kernel, softmax_kernel, fetch_kernel))
     prepare_query, list_pieces = query_kernel(dtype), _build_list(dtype)
     most = tallest()
-    query_bytes, factor_bytes = (2, 2) if rounds_factors(dtype) else (4, 4)
+    has_scales = dtype == "int8"
+    weight_bytes = factor_bytes(dtype)
 
     @c_function(PHASE_SIGNATURE, f"attention-{dtype}")
     def attend(model_address, layer_address, linears, index, thread, num_threads):
@@ -150,14 +153,17 @@ def attention_phase(dtype: str) -> CFunc:
         dim, padded_dim, width = model.head_dim, model.padded_dim, min(model.block_size, TOKENS)
         heads = model.num_heads // model.num_kv_heads
         num_items = model.num_tiles * model.num_kv_heads
-        q_stride = query_bytes * ((dim + terms - 1) // terms * terms)
-        key_bytes, value_bytes = width * q_stride // query_bytes * item_bytes, width * padded_dim * item_bytes
+        q_stride = weight_bytes * padded_dim + QUERY_TAIL
+        key_bytes = width * ((dim + terms - 1) // terms * terms) * item_bytes
+        value_bytes = width * padded_dim * item_bytes
 
-        # Working memory: two lists, queries, scores, a chunk's weighted values and theirs so far, (max, sum) of both.
+        # Working memory: two lists, zeros, the scales of a chunk's values, queries, scores, the chunk's weighted values
+        # and all so far, the results of both.
         entries = model.scratch + thread * model.scratch_bytes
         ahead = entries + _LIST_BYTES
         zeros = ahead + _LIST_BYTES
-        q = zeros + 4 * padded_dim
+        scales = zeros + 4 * padded_dim
+        q = scales + 4 * CHUNK
         clear(zeros, padded_dim)
 
         fetched, count, first = 0, 0, 0
@@ -168,11 +174,11 @@ def attention_phase(dtype: str) -> CFunc:
             tile = ints32(model.tiles + 16 * (item // model.num_kv_heads), 4)
             kv_head, first_row, num_queries, first_position = item % model.num_kv_heads, tile[1], tile[2], tile[3]
             rows = num_queries * heads
-            scores = q + 4 * rows * (dim + 1)
+            scores = q + rows * q_stride
             part = scores + 4 * rows * CHUNK
             total = part + 4 * rows * padded_dim
             part_result = total + 4 * rows * padded_dim
-            total_result = part_result + 8 * rows
+            total_result = part_result + RESULT * rows
             begin, end = _range_of(model, layer, item)
             first_chunk, last_chunk = begin // CHUNK, (end - 1) // CHUNK
             if not is_listed:
@@ -183,7 +189,7 @@ def attention_phase(dtype: str) -> CFunc:
                 for head in range(heads):
                     target = q + (query * heads + head) * q_stride
                     prepare_query(source + 4 * head * dim, float_bits(model.attention_scale), target, dim)
-            clear(total_result, 2 * rows)
+            clear(total_result, RESULT // 4 * rows)
             for chunk in range(first_chunk, last_chunk + 1):
                 # What comes after this chunk. An item is claimed early only if there are enough for all threads.
                 next_count, next_first = 0, 0
@@ -217,6 +223,12 @@ def attention_phase(dtype: str) -> CFunc:
                     )
                     row += height
 
+                if has_scales:
+                    for number in range(count):
+                        piece = floats(ints64(entries + ENTRY * number, 4)[3], width)
+                        target = floats(scales + 4 * (first - origin + number * width), width)
+                        for token in range(width):
+                            target[token] = piece[token]
                 first_group, last_group = (first - origin) // GROUP, (last - origin + GROUP - 1) // GROUP
                 # The softmax of the first rows asks for the values, each for a part of every piece.
                 asking_rows = min(rows, 8)
@@ -237,21 +249,22 @@ def attention_phase(dtype: str) -> CFunc:
                         last_group,
                         low - origin,
                         position + 1 - origin,
-                        part_result + 8 * row,
+                        part_result + RESULT * row,
+                        scales,
                         entries,
                         count - 1,
                         lines_of_row * LINE * row,
                         lines_of_row if row < asking_rows else 0,
                     )
 
-                is_single = width < terms
-                tokens = count if is_single else last - first
+                is_narrow = width < terms
+                tokens = count * width if is_narrow else last - first
                 row = 0
                 while row < rows:
-                    height = 1 if is_single else _height(rows - row, most)
+                    height = 1 if is_narrow else _height(rows - row, most)
                     weigh(
-                        0 if is_single else height,
-                        scores + 4 * row * CHUNK + factor_bytes * (first - origin),
+                        -width if is_narrow else height,
+                        scores + 4 * row * CHUNK + weight_bytes * (first - origin),
                         entries,
                         width,
                         tokens,
@@ -259,6 +272,7 @@ def attention_phase(dtype: str) -> CFunc:
                         last_ahead if row == 0 else count - 1,
                         part + 4 * row * padded_dim,
                         padded_dim // GROUP,
+                        part_result + RESULT * row,
                     )
                     row += height
                 _combine(rows, padded_dim, part, part_result, total, total_result)
@@ -269,7 +283,7 @@ def attention_phase(dtype: str) -> CFunc:
             for row in range(rows):
                 query, head = row // heads, kv_head * heads + row % heads
                 target = model.attended + (first_row + query) * model.attended_stride + 4 * head * dim
-                divisor = floats(total_result + 8 * row, 2)[1]
+                divisor = floats(total_result + RESULT * row, 2)[1]
                 divide(total + 4 * row * padded_dim, float_bits(divisor), target, dim)
             is_listed = count > 0
             if following == item:

@@ -2,16 +2,19 @@
 
 A block of a layer holds ``[K of each kv_head | V of each kv_head]``. Inside a head's K, tokens come
 last, 16 together: one vector load brings the same component of 16 keys, and scores need no sums
-across lanes. V has the tokens first, each padded to whole groups of 16 components. bfloat16 comes in pairs,
-of components in K and of tokens in V, as ``vdpbf16ps`` multiplies them::
+across lanes. V has the tokens first, each padded to whole groups of 16 components. The values of a word of
+32 bits, components in K and tokens in V, are those that one instruction multiplies::
 
-              float32, int8                     bfloat16
-    K  [block_size / 16][head_dim][16]      [block_size / 16][head_dim / 2][16][2]
-    V  [block_size][head_dim padded]        [block_size / 2][head_dim padded][2]
+             float32                     bfloat16                          int8
+    K  [block_size / 16] of:  [dim][16]  [dim / 2][16][2]                  [dim / 4][16][4]
+    V  [block_size][padded]              [block_size / 2][padded][2]       [block_size / 4][padded][4]
 
-Where ``block_size`` is below 16, K is one piece with ``block_size`` in the place of 16; at 1, V has no pairs.
+Where ``block_size`` is below 16, K is one piece with ``block_size`` in the place of 16; where it is below the
+values of a word, it takes their place in V.
+
 ``int8`` quantises each token's K and V of a head by one scale (its largest magnitude is 127), so a
-token's KV never depends on its neighbours; the ``block_size`` float32 scales follow the values.
+token's KV never depends on its neighbours; the ``block_size`` float32 scales follow the values. K is stored
+with 128 added (see :mod:`~minipaged.ops.cpu.attention_formats`).
 """
 
 from __future__ import annotations
@@ -24,15 +27,15 @@ from numba.core.ccallback import CFunc
 
 from .compile_cache import c_function
 from .elementwise import add, norm, rope
-from .memory import bytes8, compiled, floats, ints32, ints64, part_of_caller, words16, words32
+from .memory import bytes8, compiled, floats, ints32, ints64, part_of_caller, unsigned8, words16, words32
 from .packing import round_up
 from .pages import sparse_zeros
 from .phases import PHASE_SIGNATURE, layer_at, linear_at, model_at
 
-LAYOUT = 2  # raised with every change of the layout, or of how the numbers in it are rounded
+LAYOUT = 3  # raised with every change of the layout, or of how the numbers in it are rounded
 TOKENS = 16  # keys side by side
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-TERMS = {"float32": 1, "bfloat16": 2, "int8": 1}  # values that lie together
+TERMS = {"float32": 1, "bfloat16": 2, "int8": 4}  # values of a word of 32 bits
 
 
 @dataclass(frozen=True)
@@ -185,20 +188,23 @@ def _build_write(dtype: str):
 
     @compiled
     def write_int8(k, v, dim, k_part, v_part, offset, width, padded_dim, k_scales, v_scales):
-        first = offset // width * width * dim + offset % width
-        source, target = floats(k, dim), bytes8(k_part + first, dim * width)
+        whole_dim = (dim + 3) // 4 * 4
+        first = offset // width * width * whole_dim + 4 * (offset % width)
+        source, target = floats(k, dim), unsigned8(k_part + first, whole_dim * width)
         scale = _quantisation_scale(source)
         inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
         for i in range(dim):
-            target[i * width] = _quantise(source[i], inverse)
+            target[i // 4 * 4 * width + i % 4] = np.int16(_quantise(source[i], inverse)) + 128
         floats(k_scales, offset + 1)[offset] = scale
-        source, target = floats(v, dim), bytes8(v_part + offset * padded_dim, padded_dim)
+        together = min(width, 4)
+        first = offset // together * together * padded_dim + offset % together
+        source, target = floats(v, dim), bytes8(v_part + first, together * padded_dim)
         scale = _quantisation_scale(source)
         inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
         for i in range(dim):
-            target[i] = _quantise(source[i], inverse)
+            target[together * i] = _quantise(source[i], inverse)
         for i in range(dim, padded_dim):
-            target[i] = 0
+            target[together * i] = 0
         floats(v_scales, offset + 1)[offset] = scale
 
     return write_int8
@@ -225,13 +231,14 @@ def _finish_heads(model, layer, linear, row):
 @cache
 def write_phase(dtype: str) -> CFunc:
     """The phase that finishes q, k and v of row ``index`` (bias, norms, rope) and stores k and v."""
-    write, item_bytes = _build_write(dtype), ITEM_BYTES[dtype]
+    write, item_bytes, terms = _build_write(dtype), ITEM_BYTES[dtype], TERMS[dtype]
 
     @c_function(PHASE_SIGNATURE, f"write-{dtype}")
     def finish_and_write(model_address, layer_address, linears, row, thread, num_threads):
         model, layer = model_at(model_address), layer_at(layer_address)
         _finish_heads(model, layer, linear_at(linears, layer.qkv), row)
         dim, size = model.head_dim, model.block_size
+        key_bytes = (dim + terms - 1) // terms * terms * item_bytes
         slot = ints64(model.slot_mapping, row + 1)[row]
         block = layer.cache + slot // size * model.block_bytes
         k = model.qkv + row * model.qkv_stride + 4 * model.num_heads * dim
@@ -247,7 +254,7 @@ def write_phase(dtype: str) -> CFunc:
                 slot % size,
                 min(size, TOKENS),
                 model.padded_dim,
-                k_part + size * dim * item_bytes,
+                k_part + size * key_bytes,
                 v_part + size * model.padded_dim * item_bytes,
             )
 

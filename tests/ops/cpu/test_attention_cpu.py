@@ -30,7 +30,7 @@ class Layer:
         self.slots = self.table[positions // block_size].astype(np.int64) * block_size + positions % block_size
         self.positions = positions.astype(np.int32)
         self.attended = np.full((length, heads * dim), np.nan, np.float32)
-        scratch_bytes = attention.scratch_bytes(heads // kv_heads, dim, layout.padded_dim)
+        scratch_bytes = attention.scratch_bytes(heads // kv_heads, layout.padded_dim)
         self.scratch = aligned_zeros((scratch_bytes,), np.dtype(np.uint8))
         self.model, self.layers, self.linears = np.zeros(1, MODEL), np.zeros(1, LAYER), np.zeros(1, LINEAR)
         values = {
