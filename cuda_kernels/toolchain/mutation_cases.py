@@ -166,10 +166,10 @@ def _greedy(base: Example) -> Example:
 def _sample(base: Example) -> Iterator[Example]:
     """Every parameter on rows with many equal logits; fewer rooms than draws; rows without an answer; many chunks."""
     yield _greedy(base)
-    for vocab, rooms, choices in ((37, 2, (7, 0, 6)), (1300, 16, range(16)), (4700, 3, (1, 9, 4))):
+    for vocab, rooms, choices in ((37, 2, (7, 0, 6)), (1300, 16, range(16)), (5500, 3, (1, 9, 4))):
         rng, draws = np.random.default_rng(vocab), len(choices)
         raw = (3 * rng.standard_normal((draws, vocab))).astype(np.float32)
-        if vocab < 4700:  # there no two are equal, so that each of the counted moves the k-th largest
+        if vocab < 5500:  # there no two are equal, so that each of the counted moves the k-th largest
             raw = np.round(raw)
         processed = np.where(rng.random(raw.shape) < 0.3, -np.inf, raw).astype(np.float32)
         reals = _PARAMETERS[np.array(choices) % len(_PARAMETERS)]
