@@ -22,7 +22,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 HERE = Path(__file__).parent
 # glibc gives its 16 heaps to threads as they come, and each keeps what an engine's thread once needed there: with 64
 # new threads a round and an engine that begins and ends among them it takes some hundred rounds until all of them have
-# had one (7.1 MiB in use all the time, 10 to 14 MiB held). With two heaps that is over at once.
+# had one (7.1 MiB in use all the time, 10 to 14 MiB held). With two heaps that is over at once. What is in use grows
+# by NumPy's cache, ever more slowly: up to 7 freed blocks of each size below 1024 bytes, 3.5 MiB at most (its alloc.c).
 TWO_HEAPS = {"MALLOC_ARENA_MAX": "2"}
 SOAK_SECONDS = float(os.environ.get("MINIPAGED_SOAK_SECONDS", 600))
 
