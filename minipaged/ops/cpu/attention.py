@@ -95,43 +95,39 @@ def _range_of(model, layer, item):
     return begin, first_position + num_queries
 
 
-def _build_list(dtype: str):
-    """``list_pieces(model, layer, item, chunk, entries, zeros) -> (number, first position)``.
+@compiled
+def _list_pieces(model, layer, item, chunk, entries, zeros, item_bytes, terms):
+    """``(number, first position)`` of the pieces of K and V, listed at ``entries``, that an item sees of a chunk.
 
-    The pieces of K and V, at ``entries``, that hold what the item sees of a chunk. Where a block has fewer tokens
-    than a word has values, ``zeros`` stand for the tokens that would complete the first and the last word.
+    Where a block has fewer tokens than a word has values (``terms``), ``zeros`` stand for the tokens that would
+    complete the first and the last word. (One function for all formats: compiled functions that a cache keeps must
+    not share a name and differ.)
     """
-    item_bytes, terms = ITEM_BYTES[dtype], TERMS[dtype]
-
-    @compiled
-    def list_pieces(model, layer, item, chunk, entries, zeros):
-        begin, end = _range_of(model, layer, item)
-        begin, end = max(begin, chunk * CHUNK), min(end, (chunk + 1) * CHUNK)
-        tile, kv_head = ints32(model.tiles + 16 * (item // model.num_kv_heads), 4), item % model.num_kv_heads
-        block_table = ints32(model.block_tables + tile[0] * model.block_table_stride, end)
-        size = model.block_size
-        width = min(size, TOKENS)
-        k_head, v_head = kv_head * model.k_bytes, model.num_kv_heads * model.k_bytes + kv_head * model.v_bytes
-        key_bytes = (model.head_dim + terms - 1) // terms * terms * item_bytes  # of a token
-        value_bytes = model.padded_dim * item_bytes
-        step = max(width, terms)
-        first = begin // step * step
-        number = 0
-        for position in range(first, (end + step - 1) // step * step, width):
-            entry = ints64(entries + ENTRY * number, 4)
-            number += 1
-            if position + width <= begin or position >= end:
-                entry[0], entry[1], entry[2], entry[3] = zeros, zeros, zeros, zeros
-                continue
-            block = layer.cache + block_table[position // size] * model.block_bytes
-            token = position % size
-            entry[0] = block + k_head + token * key_bytes
-            entry[1] = block + k_head + size * key_bytes + 4 * token
-            entry[2] = block + v_head + token * value_bytes
-            entry[3] = block + v_head + size * value_bytes + 4 * token
-        return number, first
-
-    return list_pieces
+    begin, end = _range_of(model, layer, item)
+    begin, end = max(begin, chunk * CHUNK), min(end, (chunk + 1) * CHUNK)
+    tile, kv_head = ints32(model.tiles + 16 * (item // model.num_kv_heads), 4), item % model.num_kv_heads
+    block_table = ints32(model.block_tables + tile[0] * model.block_table_stride, end)
+    size = model.block_size
+    width = min(size, TOKENS)
+    k_head, v_head = kv_head * model.k_bytes, model.num_kv_heads * model.k_bytes + kv_head * model.v_bytes
+    key_bytes = (model.head_dim + terms - 1) // terms * terms * item_bytes  # of a token
+    value_bytes = model.padded_dim * item_bytes
+    step = max(width, terms)
+    first = begin // step * step
+    number = 0
+    for position in range(first, (end + step - 1) // step * step, width):
+        entry = ints64(entries + ENTRY * number, 4)
+        number += 1
+        if position + width <= begin or position >= end:
+            entry[0], entry[1], entry[2], entry[3] = zeros, zeros, zeros, zeros
+            continue
+        block = layer.cache + block_table[position // size] * model.block_bytes
+        token = position % size
+        entry[0] = block + k_head + token * key_bytes
+        entry[1] = block + k_head + size * key_bytes + 4 * token
+        entry[2] = block + v_head + token * value_bytes
+        entry[3] = block + v_head + size * value_bytes + 4 * token
+    return number, first
 
 
 @cache
@@ -142,7 +138,7 @@ def attention_phase(dtype: str) -> CFunc:
     """
     item_bytes, terms = ITEM_BYTES[dtype], TERMS[dtype]
     score, weigh, softmax, fetch = (make(dtype) for make in (score_kernel, weigh_kernel, softmax_kernel, fetch_kernel))
-    prepare_query, list_pieces = query_kernel(dtype), _build_list(dtype)
+    prepare_query = query_kernel(dtype)
     most = tallest()
     has_scales = dtype == "int8"
     weight_bytes = factor_bytes(dtype)
@@ -182,7 +178,7 @@ def attention_phase(dtype: str) -> CFunc:
             begin, end = _range_of(model, layer, item)
             first_chunk, last_chunk = begin // CHUNK, (end - 1) // CHUNK
             if not is_listed:
-                count, first = list_pieces(model, layer, item, first_chunk, entries, zeros)
+                count, first = _list_pieces(model, layer, item, first_chunk, entries, zeros, item_bytes, terms)
                 fetched = 0
             for query in range(num_queries):
                 source = model.qkv + (first_row + query) * model.qkv_stride + 4 * kv_head * heads * dim
@@ -194,13 +190,15 @@ def attention_phase(dtype: str) -> CFunc:
                 # What comes after this chunk. An item is claimed early only if there are enough for all threads.
                 next_count, next_first = 0, 0
                 if chunk < last_chunk:
-                    next_count, next_first = list_pieces(model, layer, item, chunk + 1, ahead, zeros)
+                    next_count, next_first = _list_pieces(
+                        model, layer, item, chunk + 1, ahead, zeros, item_bytes, terms
+                    )
                 elif item + 2 * num_threads < num_items:
                     following = fetch_add(index, 1)
                     if following < num_items:
                         begin_of_next, _ = _range_of(model, layer, following)
-                        next_count, next_first = list_pieces(
-                            model, layer, following, begin_of_next // CHUNK, ahead, zeros
+                        next_count, next_first = _list_pieces(
+                            model, layer, following, begin_of_next // CHUNK, ahead, zeros, item_bytes, terms
                         )
                 origin = chunk * CHUNK
                 last = min(origin + CHUNK, end)

@@ -35,7 +35,7 @@ RESULT = 16  # bytes of a row's results: maximum, sum, factor of the weights
 
 def tallest() -> int:
     """Rows of a kernel call: their sums, and an operand, must fit the vector registers."""
-    return 12 if features.current().vector_bytes == 64 else 6
+    return 8 if features.current().vector_bytes == 64 else 6
 
 
 def _columns(height: int, num_sums: int) -> int:
