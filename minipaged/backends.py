@@ -197,7 +197,7 @@ def choose_formats(backend: Backend, config: EngineConfig, packed_as: str | None
 
 
 def _default_kv_cache(dtype: str, weights: str) -> str:
-    """int8 KV costs a twentieth of what int8 weights cost in perplexity, and half the memory and its traffic."""
+    """int8 KV costs little in perplexity beside quantised weights, and half the memory and its traffic."""
     from minipaged.ops.cpu import features
 
     if dtype == "float32":

@@ -36,7 +36,7 @@ class EngineConfig:
         dtype: precision of weights and activations; ``"float32"`` without ``quantization`` makes
             everything float32; ``"auto"`` is what loses no visible quality on the device: float32 on
             ``"reference"``, bfloat16 weights on ``"cpu"``, 16-bit floats on ``"cuda"``.
-        quantization: ``None``, ``"int8"`` or ``"int4"``; weights only.
+        quantization: ``None``, ``"int8"`` or ``"int4"``: of weights (see ``kv_cache_dtype`` for the KV cache).
         kv_cache_dtype: precision of the KV cache; ``"auto"``: float32 with ``dtype="float32"`` and on
             ``"reference"``; on ``"cpu"`` int8 beside quantised weights if the CPU multiplies bytes (AVX-512
             VNNI), else bfloat16; on ``"cuda"`` as ``dtype``.

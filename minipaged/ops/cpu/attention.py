@@ -40,7 +40,7 @@ from .attention_kernels import (
 )
 from .compile_cache import c_function
 from .elementwise import GROUP, blend, clear, copy, divide, soft_cap
-from .kv import ITEM_BYTES, TERMS, TOKENS
+from .kv import ITEM_BYTES, TERMS, TOKENS, bytes_of_key
 from .memory import compiled, float_bits, floats, ints32, ints64, part_of_caller
 from .phases import PHASE_SIGNATURE, layer_at, model_at
 from .team import fetch_add
@@ -110,7 +110,7 @@ def _list_pieces(model, layer, item, chunk, entries, zeros, item_bytes, terms):
     size = model.block_size
     width = min(size, TOKENS)
     k_head, v_head = kv_head * model.k_bytes, model.num_kv_heads * model.k_bytes + kv_head * model.v_bytes
-    key_bytes = (model.head_dim + terms - 1) // terms * terms * item_bytes  # of a token
+    key_bytes = bytes_of_key(model.head_dim, terms, item_bytes)
     value_bytes = model.padded_dim * item_bytes
     step = max(width, terms)
     first = begin // step * step
@@ -150,7 +150,7 @@ def attention_phase(dtype: str) -> CFunc:
         heads = model.num_heads // model.num_kv_heads
         num_items = model.num_tiles * model.num_kv_heads
         q_stride = weight_bytes * padded_dim + QUERY_TAIL
-        key_bytes = width * ((dim + terms - 1) // terms * terms) * item_bytes
+        key_bytes = width * bytes_of_key(dim, terms, item_bytes)
         value_bytes = width * padded_dim * item_bytes
 
         # Working memory: two lists, zeros, the scales of a chunk's values, queries, scores, the chunk's weighted values

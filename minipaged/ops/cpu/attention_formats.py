@@ -96,7 +96,11 @@ class Widened:
 
     def store_query(self, x, scale, out, count) -> None:
         """The query of a head times ``scale`` as factors, at ``out``; zeros up to a multiple of 16."""
-        self._for_groups(x, scale, count, lambda i, values, _: self._store_factors(values, out, i))
+
+        def store(i, values, state):
+            self._store_factors(values, out, i)
+
+        self._for_groups(x, scale, count, store)
 
     def _for_groups(self, x, scale, count, body, state=()) -> list:
         """``state = body(group, values * scale, state)``, with zeros beyond ``count``; returns the last state."""
@@ -111,8 +115,10 @@ class Widened:
 
         return e.loop(e.div(e.add(count, GROUP - 1), GROUP), list(state), group)
 
-    def _store_factors(self, values, out, group) -> None:
+    def _store_factors(self, values, out, group):
+        """Store 16 factors; returns them as they are rounded."""
         self.e.store(values, self.e.add(out, self.e.mul(group, 4 * GROUP)))
+        return values
 
     def first_sums(self, query_tail, lanes: int) -> list:
         """The sums of a row's scores before the first step."""
@@ -127,8 +133,7 @@ class Widened:
 
     def store_weights(self, weights, inverse, out, group):
         """Store the weights of 16 tokens as factors; returns them as they are rounded."""
-        self._store_factors(weights, out, group)
-        return weights
+        return self._store_factors(weights, out, group)
 
     def weight_factor(self, largest_scale):
         """What the weights are divided by before they are rounded, and its inverse; scalars."""
@@ -174,12 +179,6 @@ class Pairs(Widened):
         halves = b.trunc(b.lshr(bits, e.constant(WORDS, 16)), vector(I16, GROUP))
         e.store(halves, e.add(out, e.mul(group, 2 * GROUP)))
         return e.bitcast(b.and_(bits, e.constant(WORDS, -65536)), FLOATS)
-
-    def store_query(self, x, scale, out, count) -> None:
-        self._for_groups(x, scale, count, lambda i, values, _: self._store_factors(values, out, i) and None)
-
-    def store_weights(self, weights, inverse, out, group):
-        return self._store_factors(weights, out, group)
 
 
 class Integers(Pairs):

@@ -20,7 +20,7 @@ from functools import cache
 from llvmlite import ir
 
 from . import features, vector_math
-from .attention_formats import FLOATS, QUERY_TAIL, WORDS, Integers, factor_bytes, format_of
+from .attention_formats import FLOATS, QUERY_TAIL, WORDS, Integers, format_of, multiplies_pairs
 from .elementwise import GROUP, float_argument
 from .emit import I32, I64, Emitter, kernel, vector
 from .kv import ITEM_BYTES, TERMS, TOKENS
@@ -135,8 +135,7 @@ def softmax_kernel(dtype: str):
     of the weights, which is 0 if no index is visible, and the factor of the weighted values. Meanwhile ``lines``
     cache lines of each entry's values, from ``offset`` on, are asked for.
     """
-    is_short = factor_bytes(dtype) == 2 and dtype == "bfloat16"
-    exp = vector_math.short_exp if is_short else vector_math.exp
+    exp = vector_math.short_exp if multiplies_pairs(dtype) else vector_math.exp
     has_scales = dtype == "int8"
 
     @kernel(11)

@@ -141,6 +141,12 @@ def _quantise(value, inverse):
     return np.int8(min(max(np.rint(value * inverse), np.float32(-127)), np.float32(127)))
 
 
+@compiled
+def bytes_of_key(head_dim, terms, item_bytes):
+    """Bytes of a token's K in one head: whole words."""
+    return (head_dim + terms - 1) // terms * terms * item_bytes
+
+
 def _build_write(dtype: str):
     """The function that stores one token's K and V of one head.
 
@@ -238,7 +244,7 @@ def write_phase(dtype: str) -> CFunc:
         model, layer = model_at(model_address), layer_at(layer_address)
         _finish_heads(model, layer, linear_at(linears, layer.qkv), row)
         dim, size = model.head_dim, model.block_size
-        key_bytes = (dim + terms - 1) // terms * terms * item_bytes
+        key_bytes = bytes_of_key(dim, terms, item_bytes)
         slot = ints64(model.slot_mapping, row + 1)[row]
         block = layer.cache + slot // size * model.block_bytes
         k = model.qkv + row * model.qkv_stride + 4 * model.num_heads * dim
