@@ -11,6 +11,15 @@ _LANES = 16
 _EXPONENT, _MAGNITUDE = 0x7F800000, 0x7FFFFFFF
 
 
+def first_of_largest(e: Emitter, values: ir.Value, indices: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The largest of float32 lanes, and the least of the int32 ``indices`` of those that equal it; scalars."""
+    b = e.builder
+    largest = e.reduce(values, e.fmax)
+    is_largest = b.fcmp_ordered("==", values, e.broadcast(largest, values.type.count))
+    indices = b.select(is_largest, indices, e.constant(indices.type, 0x7FFFFFFF))
+    return largest, e.reduce(indices, lambda x, y: b.select(b.icmp_signed("<", x, y), x, y))
+
+
 @kernel(4)
 def examine_row(e: Emitter, row, count, index_at, largest_at):
     """Index of the largest of ``count`` float32 (the first, if several are), and the bits of the largest magnitude.
@@ -41,10 +50,7 @@ def examine_row(e: Emitter, row, count, index_at, largest_at):
     zero, lowest = ir.Constant(I32, 0), ir.Constant(F32, float("-inf"))
     step, state = chunk(_LANES, e.const(0), lowest, zero, zero)
     best, index, magnitude = e.loop(whole, state, step)
-    largest = e.reduce(best, e.fmax)
-    beyond = e.constant(index.type, 0x7FFFFFFF)
-    is_best = b.fcmp_ordered("==", best, e.broadcast(largest, _LANES))
-    index = e.reduce(b.select(is_best, index, beyond), lambda x, y: b.select(b.icmp_signed("<", x, y), x, y))
+    largest, index = first_of_largest(e, best, index)
     magnitude = e.reduce(magnitude, lambda x, y: b.select(b.icmp_signed(">", x, y), x, y))
     step, state = chunk(1, e.mul(whole, _LANES), largest, index, magnitude)
     rest = b.and_(count, e.const(_LANES - 1))

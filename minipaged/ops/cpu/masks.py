@@ -19,6 +19,7 @@ from minipaged.ops.sampling import few
 
 from .compile_cache import c_function
 from .emit import F32, I32, I64, Emitter, kernel, vector
+from .logits import first_of_largest
 from .memory import floats, ints64, unsigned8
 
 _LANES = 16
@@ -59,10 +60,7 @@ def _mask(e: Emitter, row, bits, count, out, index_at):
     zero, lowest = ir.Constant(I32, 0), ir.Constant(F32, float("-inf"))
     step, state = chunk(_LANES, e.const(0), lowest, zero)
     best, index = e.loop(whole, state, step)
-    largest = e.reduce(best, e.fmax)
-    beyond = e.constant(index.type, 0x7FFFFFFF)
-    is_best = b.fcmp_ordered("==", best, e.broadcast(largest, _LANES))
-    index = e.reduce(b.select(is_best, index, beyond), lambda x, y: b.select(b.icmp_signed("<", x, y), x, y))
+    largest, index = first_of_largest(e, best, index)
     step, state = chunk(1, e.mul(whole, _LANES), largest, index)
     rest = b.and_(count, e.const(_LANES - 1))
     _, index = (b.extract_element(part, zero) for part in e.loop(rest, state, step))
