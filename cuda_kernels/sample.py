@@ -63,8 +63,8 @@ def bits_of(weight):
 
 
 @cuda.jit(device=True)
-def likeliest(logits, offset, vocab_size, values, indices, counts):
-    """``(largest, its index, the thread's own largest, whether all are finite)``; what is NaN counts as infinity."""
+def likeliest(logits, offset, vocab_size, values, indices):
+    """``(largest, its index, the thread's own largest, whether it met any not finite)``; NaN counts as infinity."""
     best, best_index, bad = float32(-INFINITY), int32(vocab_size), False
     i = int32(cuda.threadIdx.x)
     while i < vocab_size:
@@ -77,7 +77,7 @@ def likeliest(logits, offset, vocab_size, values, indices, counts):
             best, best_index = value, int32(i)
         i += int32(THREADS)
     largest, index = block_argmax(best, best_index, values, indices)
-    return largest, index, best, block_count(bad, counts) == 0
+    return largest, index, best, bad
 
 
 @cuda.jit(device=True)
@@ -214,17 +214,15 @@ def nucleus(ids, weights, base, size, top_p, sums, counts):
     above = mass(weights, base, size, low + 1, sums)
     equal = ties(weights, base, size, low, counts)
     last_tie = size
-    if equal > 1:
-        weight = cuda.libdevice.longlong_as_double(low)
-        wanted = max(1.0, math.ceil((goal - above) / weight))
-        if wanted < equal:  # the place of the last that is wanted
-            below, last_tie = -1, size - 1
-            while last_tie - below > 1:
-                middle = (below + last_tie) // 2
-                if ties(weights, base, middle + 1, low, counts) >= wanted:
-                    last_tie = middle
-                else:
-                    below = middle
+    wanted = max(1.0, math.ceil((goal - above) / cuda.libdevice.longlong_as_double(low)))
+    if wanted < equal:  # the place of the last that is wanted
+        below, last_tie = -1, size - 1
+        while last_tie - below > 1:
+            middle = (below + last_tie) // 2
+            if ties(weights, base, middle + 1, low, counts) >= wanted:
+                last_tie = middle
+            else:
+                below = middle
     return keep(ids, weights, base, size, low, last_tie, counts)
 
 
@@ -306,12 +304,13 @@ def build() -> Kernel:
                 draw += cuda.gridDim.x
                 continue
             logits, offset = raw, row * vocab_size
-            largest, choice, own, finite = likeliest(logits, offset, vocab_size, values, indices, counts)
+            largest, choice, own, bad = likeliest(logits, offset, vocab_size, values, indices)
+            finite = block_count(bad, counts) == 0
             if cuda.threadIdx.x == 0:
                 token[draw * 2 + 1] = choice
             if integers[draw * 5 + 4]:
                 logits, offset = processed, int32(draw) * vocab_size
-                largest, choice, own, _ = likeliest(logits, offset, vocab_size, values, indices, counts)
+                largest, choice, own, _ = likeliest(logits, offset, vocab_size, values, indices)
             if not finite:
                 choice = int32(NOT_FINITE)
             elif largest == float32(-INFINITY):
