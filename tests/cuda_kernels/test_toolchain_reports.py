@@ -31,7 +31,7 @@ EVERY = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for
 GUARDS_SLOW = ("rms_norm", "layer_norm", "rope_kv", "moe_route", "moe_sort", "moe_combine", "argmax")
 GUARDS_SLOW += ("product_plain", "product_float16", "product_int8", "product_int4")
 GUARDS_SLOW += ("attention_plain", "attention_prefill", "attention_decode", "attention_decode_split")
-GUARDS_SLOW += ("attention_reduce", "logprobs")
+GUARDS_SLOW += ("attention_reduce", "logprobs", "sample")
 
 
 def build(factor=2, guarded=True, name="scale"):
