@@ -326,7 +326,8 @@ def _process_logits(sizes: Sizes, cc, rng) -> Example:
     lists = np.zeros(2, np.int32), starts, masks, penalties, words, words.view(np.float32)
     processed = np.zeros((2, sizes.vocab), np.float32)
     arguments = (raw, processed, *lists, sizes.vocab)
-    return Example(processors.build(), processors.launch_dims(2)[0], arguments, 8 * sizes.vocab)
+    # Of two draws one is edited, and few of its tokens are allowed: its row is written, and hardly read.
+    return Example(processors.build(), processors.launch_dims(2)[0], arguments, 4 * sizes.vocab + bits.nbytes)
 
 
 def _logprobs(sizes: Sizes, cc, rng) -> Example:
