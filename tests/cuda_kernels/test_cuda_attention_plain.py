@@ -46,6 +46,17 @@ def test_agrees(cc, sequences, heads, kv_heads, head_dim, block_size, window, so
         assert_close(out, step.expected, dtype)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("cc", CARDS, ids=["sm_75", "sm_80"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_any_format_of_the_cache_beside_any_other(cc, dtype, kv_dtype):
+    """What tensor cores do not multiply comes here, so this kernel takes every pair."""
+    shape = 6, 2, 40, 16, dtype, kv_dtype
+    step = make_step([(3, 50), (1, 17)], *shape)
+    assert_close(attend(cc, step, *shape), step.expected, dtype)
+
+
 def test_padding_becomes_zero_and_company_changes_no_bit():
     shape = 4, 2, 64, 16, "float32", "float32"
     step = make_step([(4, 90), (1, 35)], *shape)

@@ -1,4 +1,4 @@
-"""Embedding, norms, activations and block copies agree with the reference operators, in the PTX interpreter."""
+"""Embedding, norms, activations and copies agree with the reference operators, in the PTX interpreter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from minipaged.ops import reference
 from minipaged.ops.reference.kv import copy_blocks as reference_copy_blocks
 from tests.support.cuda_cases import CARDS, assert_close, empty, encode, rounded, run_on
 
-from cuda_kernels import activation, copy_blocks, embedding, layer_norm, rms_norm  # isort: skip
+from cuda_kernels import activation, copy_blocks, embedding, layer_norm, rms_norm, row_gather  # isort: skip
 
 FLOATS = ["float32", "float16", "bfloat16"]
 cards = pytest.mark.parametrize("cc", CARDS, ids=["sm_75", "sm_80"])
@@ -115,6 +115,15 @@ def test_soft_cap(cc):
     found = x.copy()
     run_on(cc, activation.build_soft_cap(), activation.launch_dims(3, 513), found, 513, 30.0)
     assert_close(found, reference.soft_cap(x, 30.0), "float32")
+
+
+@cards
+@pytest.mark.parametrize("width", [1, 127, 300])
+def test_row_gather(cc, width):
+    x, indices = normal(0, 6, width), np.array([5, 0, 5, 3], np.int32)
+    out = empty((4, width), "float32")
+    run_on(cc, row_gather.build(), row_gather.launch_dims(4), x, indices, out, width)
+    np.testing.assert_array_equal(out, x[indices])
 
 
 @cards

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from cuda_kernels import rope_kv  # isort: skip
 
 cards = pytest.mark.parametrize("cc", CARDS, ids=["sm_75", "sm_80"])
 EPS = 1e-6
+FLOATS = ["float32", "float16", "bfloat16"]
 #  heads, kv_heads, head_dim, block_size, rotary_dim, qk_norm
 SHAPES = [
     (4, 2, 64, 16, 64, False),
@@ -68,30 +71,46 @@ def stored(cache, slots, block_size):
     return cache[slots // block_size, :, slots % block_size]
 
 
-@cards
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_rope_kv(cc, shape, dtype):
+def check(cc, shape, dtype, kv_dtype):
     heads, kv_heads, head_dim, block_size, rotary_dim, qk_norm = shape
     data = make(7, heads, kv_heads, head_dim, block_size, rotary_dim)
-    q, caches, _ = launch(cc, data, *shape, dtype, dtype)
+    q, caches, _ = launch(cc, data, *shape, dtype, kv_dtype)
     expected = expected_qkv(data, heads, kv_heads, rotary_dim, qk_norm)
     assert_close(q, expected[0], dtype)
     for cache, values in zip(caches, expected[1:], strict=True):
-        assert_close(stored(cache, data["slots"], block_size), values, dtype)
+        assert_close(stored(cache, data["slots"], block_size), values, kv_dtype)
         others = np.setdiff1d(np.arange(data["num_blocks"] * block_size), data["slots"])
-        assert np.isnan(decode(stored(cache, others, block_size), dtype)).all()
+        assert np.isnan(decode(stored(cache, others, block_size), kv_dtype)).all()
 
 
 @cards
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_int8_keeps_a_scale_for_each_token_and_head(cc, shape):
+def test_rope_kv(cc, shape, dtype):
+    check(cc, shape, dtype, dtype)
+
+
+@pytest.mark.slow
+@cards
+@pytest.mark.parametrize("dtype, kv_dtype", list(permutations(FLOATS, 2)))
+def test_a_cache_of_another_format(cc, dtype, kv_dtype):
+    check(cc, SHAPES[0], dtype, kv_dtype)
+
+
+@cards
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [(shape, "float16") for shape in SHAPES]
+    + [pytest.param(SHAPES[1], dtype, marks=pytest.mark.slow) for dtype in ("float32", "bfloat16")],
+)
+def test_int8_keeps_a_scale_for_each_token_and_head(cc, shape, dtype):
     heads, kv_heads, head_dim, block_size, rotary_dim, qk_norm = shape
     data = make(5, heads, kv_heads, head_dim, block_size, rotary_dim)
     data["qkv"][2, heads:] = 0  # a head of zeros has no scale to divide by
     data["k_weight"] = np.abs(data["k_weight"]) + 0.1
-    _, caches, scales = launch(cc, data, *shape, "float16", "int8")
+    q, caches, scales = launch(cc, data, *shape, dtype, "int8")
     expected = expected_qkv(data, heads, kv_heads, rotary_dim, qk_norm)
+    assert_close(q, expected[0], dtype)
     for cache, scale, values in zip(caches, scales, expected[1:], strict=True):
         integers, scale = (stored(a, data["slots"], block_size) for a in (cache, scale))
         largest = np.abs(values).max(-1)

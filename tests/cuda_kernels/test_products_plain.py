@@ -11,7 +11,7 @@ from cuda_kernels import packing, product_plain
 from cuda_kernels.toolchain.interpreter import run
 from minipaged.ops.reference.activations import ACTIVATIONS
 from minipaged.ops.reference.linear import linear
-from tests.support.cuda_cases import assert_close
+from tests.support.cuda_cases import CARDS, assert_close
 
 NOTHING = np.zeros(1, np.int32)
 
@@ -85,7 +85,7 @@ def check(got, want, tolerance):
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1e-6, np.abs(want).max()))
 
 
-VARIANTS = [
+QUICK = [
     ("float32", "float32", (8, 0)),
     ("float32", "float32", (7, 5)),
     ("float32", "int8", (8, 0)),
@@ -95,6 +95,14 @@ VARIANTS = [
     ("bfloat16", "int8", (7, 5)),
     ("bfloat16", "int4", (8, 0)),
 ]
+#: What an engine may ask for; a router's weight stays float32 beside any x.
+EVERY = [
+    (x, format, cc)
+    for x in ("float32", "float16", "bfloat16")
+    for format in dict.fromkeys([x, "float32", "int8", "int4"])
+    for cc in CARDS
+]
+VARIANTS = QUICK + [pytest.param(*each, marks=pytest.mark.slow) for each in EVERY if each not in QUICK]
 
 
 @pytest.mark.parametrize("x, format, cc", VARIANTS)
