@@ -109,6 +109,7 @@ class CpuDecoder:
         "mask_row": masks.mask_row,
         "few_allowed": masks.few_allowed,
         "weigh_masked": masks.weigh_masked,
+        "likeliest_allowed": masks.likeliest_allowed,
     }
 
     def close(self) -> None:

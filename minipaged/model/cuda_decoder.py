@@ -78,7 +78,7 @@ class CudaDecoder:
         self.use_graphs = use_graphs
         self.max_num_tokens = max_num_tokens
         self._buckets = [size for size in BUCKETS if size <= max_num_tokens]
-        self._graphs: dict[tuple[int, AttentionShape, Needs | None], Recording | None] = {}
+        self._graphs: dict[tuple[int, int, AttentionShape, Needs | None], Recording | None] = {}
         self._ropes: dict[int, tuple[DeviceArray, DeviceArray]] = {}
         for layer in config.layers:
             if layer.rope is not None and id(layer.rope) not in self._ropes:
@@ -134,11 +134,14 @@ class CudaDecoder:
         pairs = np.array([pair for group in groups for pair in group], np.int32).reshape(-1, 2) if groups else NO_COPIES
         words_end = self.inputs.words_end(len(pairs))
         turns = list(packing.turns(asks, self._rows_at_once, words_end))
-        bucket = self._bucket(batch) if len(turns) == 1 and len(asks) <= num_tokens else None
-        first = self._pack(asks, turns[0], words_end, bucket) if turns else None
+        bucket = self._bucket(batch) if len(turns) == 1 else None
+        slots = bucket and bucket * -(-len(asks) // bucket)  # a grammar's draws are several asks each
+        if slots is not None and slots > self._rows_at_once:
+            bucket = slots = None
+        first = self._pack(asks, turns[0], words_end, slots) if turns else None
         shape = self._send(batch, bucket or num_tokens, first, pairs, groups)
         if bucket is not None:
-            self._launch(bucket, shape, _needs(first))
+            self._launch(bucket, slots, shape, _needs(first))
             self.sampling.fetch(asks, turns[0], first, answers)
             return answers
         self.device.run(self._plan(num_tokens, num_logits, shape))
@@ -179,8 +182,8 @@ class CudaDecoder:
             return None
         return min((bucket for bucket in self._buckets if bucket >= size), default=None)
 
-    def _pack(self, asks: Sequence[Ask], turn: Turn, words_end: int, bucket: int | None = None) -> Packed:
-        num_slots = bucket or turn.end - turn.begin
+    def _pack(self, asks: Sequence[Ask], turn: Turn, words_end: int, slots: int | None = None) -> Packed:
+        num_slots = slots or turn.end - turn.begin
         return packing.pack(asks[turn.begin : turn.end], turn.first_row, num_slots, words_end)
 
     def _send(
@@ -205,16 +208,17 @@ class CudaDecoder:
             address += 8 * len(group)
         return shape
 
-    def _launch(self, bucket: int, shape: AttentionShape, needs: Needs | None) -> None:
-        """Repeat the graph of a bucket; the first time, run its launches (which compiles them) and record."""
-        key = bucket, shape, needs
+    def _launch(self, bucket: int, slots: int, shape: AttentionShape, needs: Needs | None) -> None:
+        """Repeat the graph of a bucket with so many asks; the first time, run its launches (which compiles them) and
+        record."""
+        key = bucket, slots, shape, needs
         graph = self._graphs.get(key)
         if graph is not None:
             graph.launch()
             return
         calls = [*self._plan(bucket, bucket, shape), *self._logits_plan(0, bucket)]
         if needs:
-            calls += self.sampling.calls(bucket, needs)
+            calls += self.sampling.calls(slots, needs)
         self.device.run(calls)
         if key not in self._graphs:
             self._graphs[key] = self.device.record(calls)

@@ -20,6 +20,7 @@ from minipaged.errors import NumericalError
 from minipaged.ops.sampling import ALL_MASKED, MAX_TOP, NOT_FINITE, Answers, Ask, Draw, Edits
 from minipaged.sampling.beam import Continuation, continuations
 from minipaged.sampling.logprobs import TokenLogprobs, prompt_logprobs
+from minipaged.sampling.rejection import TRIES, place
 from minipaged.sampling.sampler import DAMAGED, SampledToken, Sampler, why_not_finite
 from minipaged.sampling.state import SamplingState
 from minipaged.sampling.step_logits import DrawOrder, PromptOrder
@@ -58,41 +59,45 @@ class DeviceSampler:
             if order.num_candidates:
                 found.append((state, self._of_beam(state, row, order.num_candidates)))
                 continue
-            found += [(state, self._of_draw(state, row)) for state in order.states]
+            found += [(state, ask) for state in order.states for ask in self._of_draw(state, row)]
             found += [(state, ask) for ask in self._of_draft(state, row, order.draft_token_ids)]
         found.sort(key=lambda pair: pair[1].row)
         self.num_rows_on_host += len({ask.row for _, ask in found if ask.whole})
-        return Prepared(
-            [ask for _, ask in found], {(ask.row, state): number for number, (state, ask) in enumerate(found)}
-        )
+        numbers: dict[tuple[int, SamplingState | None], list[int]] = {}
+        for number, (state, ask) in enumerate(found):
+            numbers.setdefault((ask.row, state), []).append(number)
+        return Prepared([ask for _, ask in found], numbers)
 
-    def _of_draw(self, state: SamplingState, row: int) -> Ask:
+    def _of_draw(self, state: SamplingState, row: int) -> list[Ask]:
+        """What decides about a token: one ask, or, if the state rejects, one for each draw from all tokens before."""
         params, edits = state.params, None
         num_top = -1 if state.num_logprobs is None else min(state.num_logprobs, state.vocab_size)
         if num_top > MAX_TOP:
-            return self._whole(row, f"logprobs above {MAX_TOP}")
+            return [self._whole(row, f"logprobs above {MAX_TOP}")]
         if state.processors:
             edits = Edits()
             for processor in state.processors:
                 if not processor.describe(edits, state.output_token_ids):
-                    return self._whole(row, f"{type(processor).__name__}, which a device does not know")
+                    return [self._whole(row, f"{type(processor).__name__}, which a device does not know")]
             if params.greedy and num_top == 0:
                 num_top = 1  # of the likeliest, which the processors may spare
         if params.greedy:
-            return Ask(row, Draw(edits=edits), num_top=num_top)
-        draw = Draw(
-            params.temperature, max(params.top_k, 0), params.top_p, params.min_p, state.seed, state.position, edits
-        )
-        return Ask(row, draw, num_top=num_top)
+            return [Ask(row, Draw(edits=edits), num_top=num_top)]
+        filters = params.temperature, max(params.top_k, 0), params.top_p, params.min_p, state.seed
+        if not state.rejects:
+            return [Ask(row, Draw(*filters, state.position, edits), num_top=num_top)]
+        draws = [Draw(*filters, place(state.position, number)) for number in range(TRIES + 1)]
+        draws[TRIES].edits = edits
+        return [Ask(row, draw, num_top=num_top) for draw in draws]
 
     def _of_draft(self, state: SamplingState, row: int, token_ids) -> list[Ask]:
         """Asks about the rows behind ``row``, each as if the guesses before it were right."""
         if state.memoryless:
-            return [self._of_draw(state, row + depth + 1) for depth in range(len(token_ids))]
+            return [ask for depth in range(len(token_ids)) for ask in self._of_draw(state, row + depth + 1)]
         asks, known = [], len(state.output_token_ids)
         for depth, token_id in enumerate(token_ids):
             state.append(token_id)
-            asks.append(self._of_draw(state, row + depth + 1))
+            asks += self._of_draw(state, row + depth + 1)
         state.truncate(known)
         return asks
 
@@ -125,9 +130,10 @@ class DeviceSampler:
 
 
 class Prepared:
-    """The ``asks`` of a step in the order of their rows, and which of them is whose (``None``: a prompt's)."""
+    """The ``asks`` of a step in the order of their rows, and which of them are about a row and whose (``None``: a
+    prompt's)."""
 
-    def __init__(self, asks: list[Ask], numbers: dict[tuple[int, SamplingState | None], int]):
+    def __init__(self, asks: list[Ask], numbers: dict[tuple[int, SamplingState | None], list[int]]):
         self.asks, self.numbers = asks, numbers
 
 
@@ -151,13 +157,16 @@ class DeviceLogits:
     def draw(self, rows: list[int], states: list[SamplingState]) -> list[SampledToken]:
         return [self._token(self._numbers[row, state], state) for row, state in zip(rows, states, strict=True)]
 
-    def _token(self, number: int, state: SamplingState) -> SampledToken:
-        answers = self._answers
+    def _token(self, numbers: list[int], state: SamplingState) -> SampledToken:
+        answers, number = self._answers, numbers[-1]
         if number in answers.rows:
             return self._sampler.sample(answers.rows[number][None], [state])[0]
         token_id, likeliest = answers.tokens[number].tolist()
         if token_id == NOT_FINITE:
             return SampledToken(-1, error=DAMAGED)
+        if len(numbers) > 1 and state.allows(likeliest):  # as on the host: the first that may follow
+            number = next((n for n in numbers[:-1] if state.allows(int(answers.tokens[n, 0]))), number)
+            token_id = int(answers.tokens[number, 0])
         # As on the host: the likeliest is taken as it is where no processor objects to it.
         spared = bool(state.processors) and state.params.greedy and all(p.spares(likeliest) for p in state.processors)
         if not spared and token_id < 0:
@@ -171,7 +180,7 @@ class DeviceLogits:
         return SampledToken(token_id, float(answers.logprobs[number]), int(answers.ranks[number]), top)
 
     def continuations(self, row: int, state: SamplingState, count: int) -> list[Continuation]:
-        number = self._numbers[row, state]
+        (number,) = self._numbers[row, state]
         if number in self._answers.rows:
             return continuations(self._answers.rows[number], state, count)
         if self._answers.ranks[number] == 0:
@@ -188,7 +197,7 @@ class DeviceLogits:
     def prompt_logprobs(self, rows: range, token_ids: list[int], k: int) -> list[TokenLogprobs]:
         found = []
         for row, token_id in zip(rows, token_ids, strict=True):
-            number = self._numbers[row, None]
+            (number,) = self._numbers[row, None]
             if number in self._answers.rows:
                 found += prompt_logprobs(self._answers.rows[number][None], [token_id], k)
                 continue

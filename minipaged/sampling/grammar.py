@@ -7,7 +7,8 @@ tokens without are masked in one pass over the row:
     {"name": "J            may follow        o  "  oh  \\n …      never follows     }  <raw newline>  an end
     ─────────────▶ matcher ─────────▶ 1 1 1 1 …        0 0 0 …  ─────▶ row[bit == 0] = -inf
 
-A greedy draw needs no mask while the likeliest token may follow anyway, which is much cheaper to find out.
+A greedy draw needs no mask while the likeliest token may follow anyway, which is much cheaper to find out; nor does
+a sampled one while what is drawn from all tokens may (``rejection.py``).
 
 Where the grammar is complete, the end-of-sequence tokens are allowed; where nothing else can follow, they alone
 are. So a text that ends by itself conforms to the grammar, and one cut off by ``max_tokens`` is the beginning of
@@ -121,6 +122,8 @@ class Grammar(LogitsProcessor):
         eos_token_ids: those inside the vocabulary.
     """
 
+    judges = True
+
     def __init__(self, matcher, vocab_size: int, eos_token_ids: list[int]):
         self._matcher = matcher
         self._vocab_size = vocab_size
@@ -149,9 +152,11 @@ class Grammar(LogitsProcessor):
 
     def forced(self) -> int | None:
         if self._forced is None:
-            # The first of the bytes that are certain; none has been looked for after the end or an error.
-            certain = not self._num_outside and not self._matcher.is_stopped() and self._matcher.compute_ff_tokens()
-            self._forced = certain[0] if certain and certain[0] < self._vocab_size else NONE
+            # None has been looked for after the end or an error.
+            is_open = not self._num_outside and not self._matcher.is_stopped()
+            # The first of the bytes that are certain. These are found soon, but what a tokenizer makes of them is not.
+            tokens = self._matcher.compute_ff_tokens() if is_open and self._matcher.compute_ff_bytes() else ()
+            self._forced = tokens[0] if tokens and tokens[0] < self._vocab_size else NONE
         return None if self._forced == NONE else self._forced
 
     def allowed_bits(self) -> np.ndarray | None:
@@ -168,12 +173,16 @@ class Grammar(LogitsProcessor):
         return True
 
     def spares(self, token_id: int) -> bool:
-        """Whether the token may follow.
+        """Whether the token may follow: the likeliest that may is what a greedy draw is for.
 
         Where the next bytes are certain, a mask leaves only the token that the tokenizer itself would take
         for them; this also takes a shorter one.
         """
         return not self._num_outside and bool(self._matcher.validate_tokens([token_id]))
+
+    def allows(self, token_id: int) -> bool:
+        """Whether the mask has the token."""
+        return self.spares(token_id) and self.forced() in (None, token_id)
 
     def _ended(self) -> bool:
         return not self._num_outside and self._matcher.is_stopped() and not self._matcher.is_error()

@@ -8,6 +8,12 @@ from __future__ import annotations
 import numpy as np
 
 
+def gap(row: np.ndarray) -> float:
+    """Between the two largest of float32 logits ``[vocab]``."""
+    largest = np.sort(row)[-2:].astype(np.float64)
+    return float(largest[-1] - largest[0]) if len(largest) > 1 else np.inf
+
+
 def margin(row: np.ndarray, params, uniform: float) -> float:
     """Distance of a choice from the nearest point where it would have been another.
 

@@ -41,3 +41,12 @@ def few_allowed(row: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarr
     else:
         ids = np.flatnonzero(np.unpackbits(bits, count=len(row), bitorder="little").view(bool))
     return (ids, row[ids]) if few(len(ids), len(row)) else None
+
+
+def likeliest_allowed(row: np.ndarray, bits: np.ndarray) -> int:
+    """The index of the largest among the logits of tokens with a bit, the first of several; -1 if there is none.
+
+    Args: as those of :func:`mask_row`; ``row`` is finite.
+    """
+    ids = np.flatnonzero(np.unpackbits(bits, count=len(row), bitorder="little").view(bool))
+    return int(ids[row[ids].argmax()]) if len(ids) else -1

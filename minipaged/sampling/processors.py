@@ -11,7 +11,11 @@ class LogitsProcessor:
     """Edits one request's row of logits; made at admission, told of every token.
 
     Only a processor that remembers something overrides :meth:`append`, :meth:`undo` and :meth:`fork`.
+
+    ``judges``: :meth:`apply` masks tokens and does nothing else, and :meth:`allows` can say which.
     """
+
+    judges = False
 
     def apply(self, row: np.ndarray, output_token_ids: list[int]) -> None:
         """Edit ``row`` (float32 ``[vocab]``) in place, given the tokens generated so far."""
@@ -32,9 +36,13 @@ class LogitsProcessor:
         return None
 
     def spares(self, token_id: int) -> bool:
-        """Whether :meth:`apply` would leave ``token_id``, the likeliest, the likeliest: a greedy draw then
-        does without. It may say no without having looked."""
+        """Whether a greedy draw may take ``token_id``, the likeliest, without :meth:`apply`. It may say no without
+        having looked."""
         return False
+
+    def allows(self, token_id: int) -> bool:
+        """Whether :meth:`apply` would leave a token as it is; asked of what ``judges``."""
+        raise NotImplementedError
 
     def describe(self, edits: Edits, output_token_ids: list[int]) -> bool:
         """Add to ``edits`` what :meth:`apply` would do now, for a device that samples by itself; ``False``: that

@@ -19,13 +19,27 @@ import numpy as np
 from minipaged.sampling.draw import draw
 from minipaged.sampling.filters import candidates, weigh_masked
 from minipaged.sampling.logprobs import token_logprobs
-from minipaged.sampling.margins import margin
-from minipaged.sampling.masks import few_allowed, mask_row
+from minipaged.sampling.margins import gap, margin
+from minipaged.sampling.masks import few_allowed, likeliest_allowed, mask_row
 from minipaged.sampling.philox import uniform
+from minipaged.sampling.processors import LogitsProcessor
+from minipaged.sampling.rejection import TRIES, place
 from minipaged.sampling.state import SamplingState
 
 DAMAGED = "the model's logits hold NaN or infinity; its weights or KV are damaged."
 """What to tell the caller whose logits cannot be used."""
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row that takes more than its likeliest token. ``plain``: the processors make no difference, or, if it
+    ``rejects`` as its state says, are asked about what is drawn."""
+
+    index: int
+    state: SamplingState
+    likeliest: int
+    plain: bool
+    rejects: bool
 
 
 @dataclass(slots=True)
@@ -58,8 +72,8 @@ class Sampler:
     """Samples for a vocabulary of ``vocab_size`` tokens; keeps nothing from one call to the next.
 
     Args:
-        mask_row, few_allowed, weigh_masked: do what the functions of these names do, which are their defaults; a
-            backend may have a faster way.
+        mask_row, few_allowed, likeliest_allowed, weigh_masked: do what the functions of these names do, which are
+            their defaults; a backend may have a faster way.
     """
 
     def __init__(
@@ -67,10 +81,12 @@ class Sampler:
         vocab_size: int,
         mask_row: Callable = mask_row,
         few_allowed: Callable = few_allowed,
+        likeliest_allowed: Callable = likeliest_allowed,
         weigh_masked: Callable = weigh_masked,
     ):
         self.vocab_size = vocab_size
-        self._mask_row, self._few_allowed, self._weigh_masked = mask_row, few_allowed, weigh_masked
+        self._mask_row, self._few_allowed, self._likeliest_allowed = mask_row, few_allowed, likeliest_allowed
+        self._weigh_masked = weigh_masked
         self._row = np.empty(vocab_size, dtype=np.float32)  # fresh memory costs more than the copy into it
 
     def sample(
@@ -105,54 +121,70 @@ class Sampler:
                     SampledToken(-1, error=DAMAGED) if bad else SampledToken(token_id)
                     for token_id, bad in zip(likeliest, damaged, strict=True)
                 ]
-            edited = [_is_edited(state, token_id) for state, token_id in zip(states, likeliest, strict=True)]
-            for state, is_edited in zip(states, edited, strict=True):
-                if is_edited:
-                    for processor in state.processors:
+            tokens, rows = [], []
+            for index, (state, token_id, bad) in enumerate(zip(states, likeliest, damaged, strict=True)):
+                if bad:
+                    tokens.append(SampledToken(-1, error=DAMAGED))
+                    continue
+                tokens.append(SampledToken(token_id))
+                greedy, rejects = state.params.greedy, False
+                plain = not state.processors
+                if not plain and greedy:
+                    plain = _all_spare(state.processors, token_id)
+                elif not plain and state.rejects:
+                    rejects, plain = True, state.allows(token_id)
+                if not (plain and greedy) or state.num_logprobs is not None or with_margins:
+                    rows.append(_Row(index, state, token_id, plain, rejects))
+            for row in rows:
+                if not row.plain:
+                    for processor in row.state.processors:
                         processor.prepare()
-            uniforms = self._uniforms(states)
-            return [
-                self._sample_row(row, *facts, with_margins)
-                for row, *facts in zip(logits, states, likeliest, damaged, edited, uniforms, strict=True)
-            ]
+            for row, number in zip(rows, _uniforms(rows), strict=True):
+                tokens[row.index] = self._sample_row(logits[row.index], row, number, with_margins)
+            return tokens
 
-    @staticmethod
-    def _uniforms(states: list[SamplingState]) -> list[float]:
-        if all(state.params.greedy for state in states):
-            return [0.0] * len(states)
-        return uniform([state.seed for state in states], [state.position for state in states]).tolist()
-
-    def _sample_row(self, raw, state, likeliest, damaged, edited, uniform, with_margins) -> SampledToken:
-        if damaged:
-            return SampledToken(-1, error=DAMAGED)
-        if not edited and state.params.greedy and state.num_logprobs is None and not with_margins:
-            return SampledToken(likeliest)
-        ids, row = None, raw  # the tokens that are left, if not all, and their logits
-        if edited:
-            ids, row, likeliest = self._processed(raw, state, whole=with_margins)
-        largest = float(row[likeliest])
-        if not math.isfinite(largest):
-            return SampledToken(-1, error=why_not_finite(largest))
-
-        token_id = likeliest
-        if not state.params.greedy and len(row) > 1:
-            masked = edited and ids is None
-            kept, weights = candidates(row, largest, state.params, masked, self._weigh_masked)
-            index = draw(weights, uniform)
-            token_id = index if kept is None else int(kept[index])
-        if ids is not None:
-            token_id = int(ids[token_id])
+    def _sample_row(self, raw: np.ndarray, row: _Row, number: float, with_margins: bool) -> SampledToken:
+        """A token from ``raw``, which is finite; ``number`` is the random number of the first draw."""
+        state, params, likeliest = row.state, row.state.params, row.likeliest
+        edited, token_id, margins = not row.plain, None, [np.inf]
+        if row.rejects and with_margins:
+            margins.append(gap(raw))  # whether to try hangs on the likeliest
+        if row.rejects and row.plain:
+            token_id, numbers = _first_allowed(raw, row, number)
+            edited, number = token_id is None, numbers[-1]
+            if with_margins:
+                margins += [margin(raw, params, number) for number in numbers[:TRIES]]
+        if token_id is None:
+            ids = None  # the tokens that are left, if not all
+            values = raw
+            if edited:
+                ids, values, likeliest = self._processed(raw, state, whole=with_margins)
+            largest = float(values[likeliest])
+            if not math.isfinite(largest):
+                return SampledToken(-1, error=why_not_finite(largest))
+            token_id = likeliest
+            if not params.greedy and len(values) > 1:
+                masked = edited and ids is None
+                kept, weights = candidates(values, largest, params, masked, self._weigh_masked)
+                index = draw(weights, number)
+                token_id = index if kept is None else int(kept[index])
+            if ids is not None:
+                token_id = int(ids[token_id])
+            if with_margins:
+                margins.append(margin(values, params, number))
         sampled = SampledToken(token_id)
         if state.num_logprobs is not None:
             facts = token_logprobs(raw, token_id, state.num_logprobs)
             sampled.logprob, sampled.rank, sampled.top = facts.logprob, facts.rank, facts.top
         if with_margins:
-            sampled.margin = margin(row, state.params, uniform)
+            sampled.margin = min(margins)
         return sampled
 
-    def _processed(self, raw, state, whole: bool) -> tuple[np.ndarray | None, np.ndarray, int]:
+    def _processed(
+        self, raw: np.ndarray, state: SamplingState, whole: bool
+    ) -> tuple[np.ndarray | None, np.ndarray, int]:
         """What the processors leave of a row whose logits are finite: ids of tokens (``None``: all), their logits,
-        and the index of the largest. ``whole``: all are wanted."""
+        and the index of the largest. ``whole``: all are wanted; else, of a greedy draw's, only the largest is right."""
         row, processors = self._row, state.processors
         if len(processors) == 1:  # of several, the others may make an error of a logit that this one leaves out
             forced = None if whole else processors[0].forced()
@@ -160,6 +192,10 @@ class Sampler:
                 return np.array([forced]), raw[forced : forced + 1], 0
             bits = processors[0].allowed_bits()
             if bits is not None:
+                if not whole and state.params.greedy:
+                    index = self._likeliest_allowed(raw, bits)
+                    if index >= 0:
+                        return None, raw, index
                 found = None if whole else self._few_allowed(raw, bits)
                 if found is not None:
                     return *found, int(found[1].argmax())
@@ -170,14 +206,32 @@ class Sampler:
         return None, row, int(row.argmax())
 
 
-def _is_edited(state: SamplingState, likeliest: int) -> bool:
-    """Whether the processors of a row may make a difference."""
-    if not state.processors or not state.params.greedy:
-        return bool(state.processors)
-    for processor in state.processors:
-        if not processor.spares(likeliest):
-            return True
-    return False
+def _all_spare(processors: list[LogitsProcessor], token_id: int) -> bool:
+    for processor in processors:
+        if not processor.spares(token_id):
+            return False
+    return True
+
+
+def _uniforms(rows: list[_Row]) -> list[float]:
+    """The random number of each row's first draw; anything for a greedy one."""
+    if all(row.state.params.greedy for row in rows):
+        return [0.0] * len(rows)
+    places = [place(row.state.position, TRIES if row.rejects and not row.plain else 0) for row in rows]
+    return uniform([row.state.seed for row in rows], places).tolist()
+
+
+def _first_allowed(raw: np.ndarray, row: _Row, number: float) -> tuple[int | None, list[float]]:
+    """The first of ``TRIES`` tokens drawn from all that may follow, if one does; and the random numbers that were
+    used, ``number`` the first, and the next that is to be used, if none does."""
+    state, numbers = row.state, [number]
+    _, weights = candidates(raw, float(raw[row.likeliest]), state.params)
+    while len(numbers) <= TRIES:
+        token_id = draw(weights, numbers[-1])
+        if state.allows(token_id):
+            return token_id, numbers
+        numbers += uniform([state.seed], [place(state.position, len(numbers))]).tolist()
+    return None, numbers
 
 
 def why_not_finite(largest: float) -> str:

@@ -69,6 +69,18 @@ class SamplingState:
         """Whether the next token depends on its logits alone, and is all that is asked for."""
         return not self.processors and self.params.logprobs is None and self.params.greedy
 
+    @property
+    def rejects(self) -> bool:
+        """Whether tokens are drawn from all, and again if they may not follow (``rejection.py``)."""
+        params = self.params
+        if params.greedy or not self.processors or params.top_k > 0 or params.top_p < 1 or params.min_p > 0:
+            return False
+        return all(processor.judges for processor in self.processors)
+
+    def allows(self, token_id: int) -> bool:
+        """Whether no processor would mask a token; of a state that rejects."""
+        return all([processor.allows(token_id) for processor in self.processors])
+
     def append(self, token_id: int) -> None:
         """Take one generated token."""
         for processor in self.processors:

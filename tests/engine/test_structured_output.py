@@ -9,7 +9,7 @@ import pytest
 
 from minipaged.config import SamplingParams
 from minipaged.errors import InvalidParameterError
-from minipaged.sampling.grammar import GrammarCompiler
+from minipaged.sampling.grammar import Grammar, GrammarCompiler
 from tests.support.engines import assert_all_blocks_back, generate, make_engine, run_to_end
 from tests.support.schemas import schemas
 
@@ -117,6 +117,57 @@ def test_other_masks_and_penalties_work_with_a_grammar(engine):
     nothing = SamplingParams(structured_outputs=choice, allowed_token_ids=[5])
     output = generate(engine, "x", nothing)
     assert output.outputs[0].finish_reason == "error" and "structured_outputs" in output.error
+
+
+def by_masks(monkeypatch) -> list[bool]:
+    """Make grammars look up every token in a mask; each answer is noted."""
+    answers = []
+
+    def has_bit(grammar, token_id):
+        bits = grammar.allowed_bits()
+        answers.append(bits is not None and bool(bits[token_id >> 3] >> (token_id & 7) & 1))
+        return answers[-1]
+
+    monkeypatch.setattr(Grammar, "spares", has_bit)
+    monkeypatch.setattr(Grammar, "allows", has_bit)
+    monkeypatch.setattr(Grammar, "forced", lambda grammar: None)
+    return answers
+
+
+VARIANTS = {
+    "greedy": [{"temperature": 0}, {"temperature": 0, "logprobs": 3, "min_tokens": 9}],
+    "sampled": [{"temperature": 0.7}, {"temperature": 1.3, "logprobs": 2}, {"top_p": 0.9, "top_k": 200, "min_p": 0.01}],
+    "edited": [
+        {"temperature": t, "repetition_penalty": 1.2, "frequency_penalty": 0.3, "logit_bias": {70: 4.0, 80: -2.0}}
+        for t in (0, 0.8)
+    ],
+    "ends": [{"temperature": 0.9, "stop_token_ids": [60, 61, 62], "stop": [", "], "bad_words": ["a"]}],
+    "several": [{"temperature": 1.1, "n": 4}, {"temperature": 1.0, "n": 2, "best_of": 4}],
+    "beams": [{"use_beam_search": True, "n": 2, "beam_width": 3}],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("options", [{}, {"device": "cpu"}, {"speculative_model": "ngram"}], ids=["", "cpu", "ngram"])
+def test_asking_about_tokens_gives_those_of_masks(variant, options, monkeypatch):
+    """Every step's mask made, or only those that are needed: the same tokens, however they are chosen."""
+    kinds = [{"json": schema} for _, schema in schemas()[::9]] + [{"regex": "([a-z]{1,9}[ .])*"}]
+    requests = [
+        ([5 + i] * (2 + i % 5), SamplingParams(**{"max_tokens": 40, "seed": i} | kind, structured_outputs=grammar))
+        for i, grammar in enumerate(kinds)
+        for kind in VARIANTS[variant]
+    ]
+    engine = make_engine("tiny-draft", num_blocks=1200, max_num_seqs=64, max_num_batched_tokens=512, **options)
+    found = []
+    for masked in (False, True):
+        answers = by_masks(monkeypatch) if masked else []
+        ids = [engine.add_request(*request) for request in requests]
+        outputs = run_to_end(engine)
+        found.append([[(o.token_ids, o.finish_reason, o.logprobs) for o in outputs[i].outputs] for i in ids])
+    assert found[0] == found[1]
+    assert {True, False} <= set(answers) or variant in ("edited", "ends", "beams")
+    assert_all_blocks_back(engine)
+    engine.close()
 
 
 def test_a_bad_grammar_is_refused_at_admission_and_leaves_no_trace(engine):

@@ -243,3 +243,32 @@ def few_allowed(row: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarr
         if found < room:
             return ids[:found], logits[:found]
     raise AssertionError(f"{found} of {count} bits are few, but not fewer than {limit}")
+
+
+@cache
+def likeliest_allowed_function() -> CFunc:
+    """Compile ``likeliest_allowed(row, bits, count)``: addresses and a count; returns an index, or -1."""
+
+    @c_function("int64(int64, int64, int64)", "likeliest-allowed")
+    def likeliest_allowed(row, bits, count):
+        words = count // 64
+        source, bytes_ = floats(row, count), unsigned8(bits, (count + 7) // 8)
+        best, largest = -1, np.float32(0)
+        for i in range(words):
+            word = _word(bits + 8 * i)
+            while word != 0:
+                at = 64 * i + _lowest_bit(word)
+                word &= word - 1
+                if best < 0 or source[at] > largest:
+                    best, largest = at, source[at]
+        for at in range(64 * words, count):
+            if (bytes_[at >> 3] >> (at & 7)) & 1 and (best < 0 or source[at] > largest):
+                best, largest = at, source[at]
+        return best
+
+    return likeliest_allowed
+
+
+def likeliest_allowed(row: np.ndarray, bits: np.ndarray) -> int:
+    """As :func:`minipaged.sampling.masks.likeliest_allowed`; values of ``row`` must be neighbours in memory."""
+    return _call(likeliest_allowed_function)(row.ctypes.data, bits.ctypes.data, len(row))

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterable
 from .attention import attention_phase
 from .compile_cache import cache_directory
 from .kv import ITEM_BYTES, write_phase
-from .masks import clear_function, exponents_function, few_function, mask_function
+from .masks import (
+    clear_function,
+    exponents_function,
+    few_function,
+    likeliest_allowed_function,
+    mask_function,
+)
 from .moe import experts_phase
 from .products import FORMATS, product_kernel
 from .step import step_function
@@ -33,6 +39,7 @@ def warm_up(
     """
     functions: dict[str, Callable[[], object]] = {"step": step_function}
     functions |= {"mask-row": mask_function, "few-allowed": few_function}
+    functions |= {"likeliest-allowed": likeliest_allowed_function}
     functions |= {"exponents": exponents_function, "clear-weights": clear_function}
     functions |= {f"product-{format}": lambda format=format: product_kernel(format) for format in weight_formats}
     for dtype in kv_formats:

@@ -173,6 +173,40 @@ class _Infinite(LogitsProcessor):
         return True
 
 
+class _Even(LogitsProcessor):
+    """Masks tokens that are odd."""
+
+    judges = True
+
+    def __init__(self, vocab_size: int):
+        self._bits = np.full(-(-vocab_size // 8), 0b01010101, np.uint8)
+
+    def apply(self, row, output_token_ids):
+        row[1::2] = -np.inf
+
+    def allows(self, token_id):
+        return token_id % 2 == 0
+
+    def describe(self, edits, output_token_ids):
+        edits.bits = self._bits
+        return True
+
+
+def test_what_is_drawn_until_it_may_follow(machine):
+    """Of 20 rows, alone and with drafts behind them: the tokens, log-probabilities and ways of the host."""
+    rng = random.Random(14)
+    states = [state_of(machine, rng, temperature=1.5, seed=seed, logprobs=seed % 3 or None) for seed in range(LENGTH)]
+    for state in states:
+        state.processors = [_Even(machine.config.vocab_size)]
+        assert state.rejects
+    host, found, sampler = logits_both(machine, [DrawOrder([state]) for state in states])
+    expected = host.draw(list(range(LENGTH)), states)
+    assert all(token.token_id % 2 == 0 for token in expected)
+    tries = {host.logits[row].argmax() % 2 for row in range(LENGTH)}
+    assert tries == {0, 1} and sampler.num_rows_on_host == 0
+    assert_same_tokens(expected, found.draw(list(range(LENGTH)), states))
+
+
 def test_graphs_sample_what_their_launches_sample(device, monkeypatch):
     """Three sequences padded to four; parameters change from step to step, and blocks move between steps."""
     results = []
@@ -192,6 +226,10 @@ def test_graphs_sample_what_their_launches_sample(device, monkeypatch):
             # The last is one more than are sent with a step, and goes by itself.
             monkeypatch.setattr(cuda_decoder, "MAX_COPIES", 1 if position < 7 else 0)
             states = [state_of(machine, rng) for _ in tables]
+            if position % 2:  # three asks for one of them
+                states[1] = state_of(machine, rng, temperature=1.0, seed=position)
+                states[1].processors = [_Even(machine.config.vocab_size)]
+                assert states[1].rejects
             batch = machine.batch([(ids, table, position, position + 1) for table in tables])
             sampler = DeviceSampler(Sampler(machine.config.vocab_size))
             prepared = sampler.prepare(rows, [DrawOrder([state]) for state in states], {}, {})
@@ -200,7 +238,7 @@ def test_graphs_sample_what_their_launches_sample(device, monkeypatch):
         assert all(token.error is None for token in tokens)
         results.append(tokens)
     assert results[0] == results[1] == results[2]
-    assert machine.decoder._graphs and all(key[0] == 4 for key in machine.decoder._graphs)
+    assert {key[:2] for key in machine.decoder._graphs} == {(4, 4), (4, 8)}
 
 
 def test_turns_hold_what_fits():
