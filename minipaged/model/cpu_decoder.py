@@ -13,7 +13,8 @@ from minipaged.model.rope import rope_tables
 from minipaged.model.weights import Linear, ModelWeights, Norm
 from minipaged.ops.cpu import attention, embedding, logits, masks, packing
 from minipaged.ops.cpu.elementwise import ACTIVATIONS
-from minipaged.ops.cpu.kv import CpuKVCache, KVLayout, write_phase
+from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
+from minipaged.ops.cpu.kv_writes import write_phase
 from minipaged.ops.cpu.moe import experts_phase
 from minipaged.ops.cpu.packing import PackedWeight, aligned_zeros, padded_rows
 from minipaged.ops.cpu.products import product_kernel

@@ -88,9 +88,3 @@ def words32(address, count):
 def unsigned8(address, count):
     """``count`` uint8 at ``address``, as an array."""
     return carray(_pointer(address), count, np.uint8)
-
-
-@compiled
-def bytes8(address, count):
-    """``count`` int8 at ``address``, as an array."""
-    return carray(_pointer(address), count, np.int8)

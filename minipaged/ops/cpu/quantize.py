@@ -23,12 +23,11 @@ After the q of an integer row come float32 scales, one for each group, and then 
 
 from __future__ import annotations
 
-import numpy as np
 from llvmlite import ir
 
 from .compile_cache import c_function
+from .elementwise import for_values
 from .emit import F32, I8, I16, I32, Emitter, kernel, vector
-from .memory import compiled, words16, words32
 from .products import PREPARE_SIGNATURE
 
 _EXPONENT = 0x7F800000  # all ones: infinities and NaN
@@ -65,12 +64,41 @@ def _larger(e: Emitter):
     return lambda a, b: e.builder.select(e.builder.icmp_signed(">", a, b), a, b)
 
 
-def _rounded(e: Emitter, values: ir.Value, inverse: ir.Value) -> ir.Value:
+def rounded(e: Emitter, values: ir.Value, inverse: ir.Value) -> ir.Value:
     """int32 lanes ``rint(values * inverse)``."""
     integers = vector(I32, values.type.count)
     scaled = e.fmul(values, e.broadcast(inverse, values.type.count))
     bits = e.bitcast(e.fadd(scaled, e.constant(values.type, _ROUNDER)), integers)
     return e.builder.sub(bits, e.constant(integers, _ROUNDER_BITS))
+
+
+def row_scale(e: Emitter, x: ir.Value, count: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The scale of a whole row of ``count`` values as one group, and its inverse."""
+    larger, (groups, wide) = _larger(e), (e.div(count, _LANES), vector(F32, _LANES))
+
+    def largest_of(address: ir.Value, type_: ir.Type, state: list[ir.Value]) -> list[ir.Value]:
+        return [larger(_magnitude_bits(e, e.load(address, type_)), state[0])]
+
+    lanes = e.loop(
+        groups, [e.constant(vector(I32, _LANES), 0)], lambda i, state: largest_of(e.add(x, e.mul(i, 64)), wide, state)
+    )
+    first, single = e.mul(groups, _LANES), vector(F32, 1)
+    rest = e.loop(
+        e.builder.sub(count, first),
+        [e.broadcast(e.reduce(lanes[0], larger), 1)],
+        lambda i, state: largest_of(e.add(x, e.mul(e.add(first, i), 4)), single, state),
+    )
+    return _scale_of(e, e.builder.extract_element(rest[0], ir.Constant(I32, 0)))
+
+
+def to_bfloat16(e: Emitter, values: ir.Value) -> ir.Value:
+    """int16 lanes: the bits of float32 lanes rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
+    b, integers = e.builder, vector(I32, values.type.count)
+    bits, sixteen = e.bitcast(values, integers), e.constant(integers, 16)
+    is_odd = b.and_(b.lshr(bits, sixteen), e.constant(integers, 1))
+    nearest = b.lshr(b.add(b.add(bits, e.constant(integers, 0x7FFF)), is_odd), sixteen)
+    is_nan = b.fcmp_unordered("uno", values, values)  # rounding its bits up could make an infinity of it
+    return b.trunc(b.select(is_nan, e.constant(integers, 0x7FC0), nearest), vector(I16, values.type.count))
 
 
 def _group_kernel(layout: str, size: int, sum_factor: int | None):
@@ -95,7 +123,7 @@ def _group_kernel(layout: str, size: int, sum_factor: int | None):
         scale, inverse = _scale_of(e, e.reduce(largest, _larger(e)))
         sums = None
         for n, vector_ in enumerate(values):
-            integers = _rounded(e, vector_, inverse)
+            integers = rounded(e, vector_, inverse)
             sums = integers if sums is None else e.builder.add(sums, integers)
             if layout == "pairs":
                 integers = e.builder.shuffle_vector(integers, integers, ir.Constant(vector(I32, _LANES), lanes))
@@ -120,7 +148,7 @@ def _group_kernel(layout: str, size: int, sum_factor: int | None):
             e.store(e.constant(vector(type_, _LANES), 0), e.add(q, first * bytes_))
 
         def quantise_one(k, state):
-            integer = only(_rounded(e, value(k), inverse))
+            integer = only(rounded(e, value(k), inverse))
             place = k
             if layout == "pairs":  # k of 1 and 2 change places
                 b, i = e.builder, e.builder.and_(k, e.const(3))
@@ -168,17 +196,16 @@ def prepare_groups(layout: str, size: int, sum_factor: int | None):
     return prepare
 
 
-@compiled
-def _bfloat16_row(x, K, q):
-    bits, out = words32(x, K), words16(q, (K + 1) // 2 * 2)
-    for k in range(K):
-        word = bits[k]
-        if word & np.uint32(_MAGNITUDE) > np.uint32(_EXPONENT):
-            out[k] = 0x7FC0  # NaN: rounding its bits up could make an infinity of it
-        else:
-            out[k] = (word + np.uint32(0x7FFF) + (word >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
-    for k in range(K, len(out)):
-        out[k] = 0
+@kernel(3)
+def _bfloat16_row(e, x, K, q):
+    """Round a row; a zero completes the last pair."""
+
+    def body(offset, type_):
+        e.store(to_bfloat16(e, e.load(e.add(x, offset), type_)), e.add(q, e.div(offset, 2)))
+
+    last = e.builder.or_(e.add(K, -1), e.const(1))
+    e.store(ir.Constant(I16, 0), e.add(q, e.mul(last, 2)))
+    for_values(e, K, body)
 
 
 def prepare_bfloat16():

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 
 from .attention import attention_phase
 from .compile_cache import cache_directory
-from .kv import ITEM_BYTES, write_phase
+from .kv import ITEM_BYTES
+from .kv_writes import write_phase
 from .masks import (
     clear_function,
     exponents_function,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from minipaged.ops.cpu import attention
-from minipaged.ops.cpu.kv import CpuKVCache, KVLayout, write_phase
+from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
+from minipaged.ops.cpu.kv_writes import write_phase
 from minipaged.ops.cpu.packing import aligned_zeros
 from minipaged.ops.cpu.tables import LAYER, LINEAR, MODEL
 
