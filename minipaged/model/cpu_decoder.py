@@ -20,7 +20,7 @@ from minipaged.ops.cpu.packing import PackedWeight, aligned_zeros, padded_rows
 from minipaged.ops.cpu.products import product_kernel
 from minipaged.ops.cpu.step import step_function
 from minipaged.ops.cpu.tables import LAYER, LINEAR, MODEL
-from minipaged.ops.cpu.team import Team
+from minipaged.ops.cpu.team import LINE, Team
 from minipaged.ops.cpu.warmup import warm_up
 from minipaged.ops.interface import Batch
 
@@ -66,7 +66,7 @@ class CpuDecoder:
         # A row's place is its own in every product: threads that keep their rows are not all at the same product.
         self._linear_table["row_bytes"] = self._linear_table["row_bytes"].max()
         self._queries_per_tile = attention.queries_per_tile(config.num_heads // config.num_kv_heads)
-        self._counters = np.zeros(config.num_layers, np.int64)
+        self._counters = aligned_zeros((config.num_layers * num_threads * LINE,), np.dtype(np.uint8))
         self._fill_addresses()
         step = step_function()
         arrays = (self._model, self._layers, self._linear_table)

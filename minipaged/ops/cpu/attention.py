@@ -41,8 +41,10 @@ from .attention_kernels import (
 from .compile_cache import c_function
 from .elementwise import GROUP, blend, clear, copy, divide, soft_cap
 from .kv import ITEM_BYTES, TERMS, TOKENS, bytes_of_key
+from .linear import share
 from .memory import compiled, float_bits, floats, ints32, ints64, part_of_caller
 from .phases import PHASE_SIGNATURE, layer_at, model_at
+from .team import LINE as COUNTER_BYTES
 from .team import fetch_add
 
 ROWS = 48  # rows that a tile should have: enough that reading K and V costs little
@@ -130,11 +132,24 @@ def _list_pieces(model, layer, item, chunk, entries, zeros, item_bytes, terms):
     return number, first
 
 
+@compiled
+def _claim(counters, num_items, thread, num_threads):
+    """The next item of this thread's share, then of the others'; ``num_items`` if none is left."""
+    for distance in range(num_threads):
+        owner = (thread + distance) % num_threads
+        first, last = share(num_items, owner, num_threads)
+        item = first + fetch_add(counters + COUNTER_BYTES * owner, 1)
+        if item < last:
+            return item
+    return num_items
+
+
 @cache
 def attention_phase(dtype: str) -> CFunc:
-    """The phase that computes attention: items are claimed from the counter at address ``index``.
+    """The phase that computes attention. ``index``: the address of the layer's counters, one for each thread.
 
-    Item ``i`` is KV head ``i % num_kv_heads`` of tile ``i // num_kv_heads``.
+    Item ``i`` is KV head ``i % num_kv_heads`` of tile ``i // num_kv_heads``. A thread has a share of the items, for
+    the most part those whose queries it wrote itself, and then helps the others.
     """
     item_bytes, terms = ITEM_BYTES[dtype], TERMS[dtype]
     score, weigh, softmax, fetch = (make(dtype) for make in (score_kernel, weigh_kernel, softmax_kernel, fetch_kernel))
@@ -163,7 +178,8 @@ def attention_phase(dtype: str) -> CFunc:
         clear(zeros, padded_dim)
 
         fetched, count, first = 0, 0, 0
-        following = fetch_add(index, 1)
+        first_own, last_own = share(num_items, thread, num_threads)
+        following = _claim(index, num_items, thread, num_threads)
         is_listed = False
         while following < num_items:
             item = following
@@ -187,15 +203,17 @@ def attention_phase(dtype: str) -> CFunc:
                     prepare_query(source + 4 * head * dim, float_bits(model.attention_scale), target, dim)
             clear(total_result, RESULT // 4 * rows)
             for chunk in range(first_chunk, last_chunk + 1):
-                # What comes after this chunk. An item is claimed early only if there are enough for all threads.
+                # What comes after this chunk. The last items of a share are not claimed early: others may be idle.
                 next_count, next_first = 0, 0
                 if chunk < last_chunk:
                     next_count, next_first = _list_pieces(
                         model, layer, item, chunk + 1, ahead, zeros, item_bytes, terms
                     )
-                elif item + 2 * num_threads < num_items:
-                    following = fetch_add(index, 1)
-                    if following < num_items:
+                elif first_own <= item < last_own - num_threads:
+                    following = first_own + fetch_add(index + COUNTER_BYTES * thread, 1)
+                    if following >= last_own:
+                        following = item
+                    else:
                         begin_of_next, _ = _range_of(model, layer, following)
                         next_count, next_first = _list_pieces(
                             model, layer, following, begin_of_next // CHUNK, ahead, zeros, item_bytes, terms
@@ -285,6 +303,6 @@ def attention_phase(dtype: str) -> CFunc:
                 divide(total + 4 * row * padded_dim, float_bits(divisor), target, dim)
             is_listed = count > 0
             if following == item:
-                following = fetch_add(index, 1)
+                following = _claim(index, num_items, thread, num_threads)
 
     return attend

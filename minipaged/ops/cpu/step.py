@@ -20,7 +20,7 @@ from .logits import examine_row
 from .memory import compiled, float_bits, ints32, part_of_caller
 from .phases import call_phase
 from .tables import LAYER, LINEAR, MODEL
-from .team import PARKED, STOP, barrier, wait_for_step
+from .team import LINE, PARKED, STOP, barrier, wait_for_step
 
 LAYER_BYTES = LAYER.itemsize
 ROWS_AT_ONCE = 64  # of the feed-forward part, where threads keep their rows: its inner values stay in the L2 cache
@@ -159,8 +159,8 @@ def step_function() -> Callable:
                 for row in range(first, last):
                     call_phase(model.write_phase, model.address, address, table, row, thread, num_threads)
                 barrier(model.barrier, num_threads)
-                counter = model.counters + 8 * index
-                call_phase(model.attention_phase, model.address, address, table, counter, thread, num_threads)
+                counters = model.counters + index * num_threads * LINE
+                call_phase(model.attention_phase, model.address, address, table, counters, thread, num_threads)
                 barrier(model.barrier, num_threads)
                 if index == model.num_layers - 1 and model.num_logits < num_rows:
                     # K and V are written: from here on only rows whose logits are wanted matter.

@@ -58,7 +58,7 @@ MODEL = _record(
     "prepared scratch scratch_bytes "
     # Experts: see moe.py.
     "expert_ids expert_weights expert_slots expert_starts expert_rows expert_input "
-    # Threads: see team.py; counters: int64 [num_layers], the next item of each layer's attention.
+    # Threads: see team.py; counters: [num_layers, num_threads], a line each, the next item of a share of attention.
     "barrier counters "
     # Addresses of this record, of the tables, and of the phases that the model uses.
     "address layer_table linear_table write_phase attention_phase experts_phase",
