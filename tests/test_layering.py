@@ -25,7 +25,7 @@ LAYERS = {
     "cuda_kernels": ([], ["numba", "numpy", "llvmlite", "cuda", "matplotlib", "greenlet"]),
     "minipaged/ops": (
         [*BASE, "minipaged.home", "cuda_kernels"],
-        ["numpy", "numba", "llvmlite", "threadpoolctl", "cuda"],
+        ["numpy", "numba", "llvmlite", "cffi", "threadpoolctl", "cuda"],
     ),
     "minipaged/kv_cache.py": ([*BASE, "minipaged.ops"], ["numpy"]),
     "minipaged/model": ([*BASE, "minipaged.home", "minipaged.ops", "minipaged.kv_cache"], ANY),

@@ -185,14 +185,14 @@ class Sampler:
     ) -> tuple[np.ndarray | None, np.ndarray, int]:
         """What the processors leave of a row whose logits are finite: ids of tokens (``None``: all), their logits,
         and the index of the largest. ``whole``: all are wanted; else, of a greedy draw's, only the largest is right."""
-        row, processors = self._row, state.processors
+        row, processors, greedy = self._row, state.processors, state.params.greedy
         if len(processors) == 1:  # of several, the others may make an error of a logit that this one leaves out
             forced = None if whole else processors[0].forced()
             if forced is not None:
-                return np.array([forced]), raw[forced : forced + 1], 0
+                return (None, raw, forced) if greedy else (np.array([forced]), raw[forced : forced + 1], 0)
             bits = processors[0].allowed_bits()
             if bits is not None:
-                if not whole and state.params.greedy:
+                if not whole and greedy:
                     index = self._likeliest_allowed(raw, bits)
                     if index >= 0:
                         return None, raw, index

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
+import cffi
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -22,6 +23,10 @@ from .emit import F32, I32, I64, Emitter, kernel, vector
 from .logits import first_of_largest
 from .memory import floats, ints64, unsigned8
 
+_FFI = cffi.FFI()
+_at = _FFI.from_buffer
+"""Where an array's values are. NumPy's way there is Python code, which takes longer than a mask between two steps, when
+all of it is cold."""
 _LANES = 16
 _USUAL = 512  # room for the tokens of most masks
 _F64 = ir.DoubleType()
@@ -139,10 +144,12 @@ def clear_function() -> CFunc:
 def weigh_masked(row: np.ndarray, largest: float, temperature: float) -> np.ndarray:
     """As :func:`minipaged.sampling.filters.weigh_masked`, bit for bit; values of ``row`` must be neighbours."""
     weights, scalars = np.empty(len(row)), np.array([largest, temperature])
-    at = scalars.ctypes.data
-    _call(exponents_function)(row.ctypes.data, len(row), at, at + 8, weights.ctypes.data)
+    at = _at(scalars)
+    _call(exponents_function, "void(*)(void *, int64_t, void *, void *, void *)")(
+        _at(row), len(row), at, at + 8, _at(weights)
+    )
     np.exp(weights, out=weights)  # its own: another exp would round differently
-    _call(clear_function)(row.ctypes.data, len(row), weights.ctypes.data)
+    _call(clear_function, "void(*)(void *, int64_t, void *)")(_at(row), len(row), _at(weights))
     return weights
 
 
@@ -158,15 +165,17 @@ def mask_function() -> CFunc:
 
 
 @cache
-def _call(function: Callable[[], CFunc]) -> Callable:
-    """What calls it from Python; made once, which takes as long as a call does."""
-    return function().ctypes
+def _call(function: Callable[[], CFunc], signature: str) -> Callable:
+    """What calls it from Python, without the GIL; made once, which takes longer than a call."""
+    return _FFI.cast(signature, function().address)
 
 
 def mask_row(row: np.ndarray, bits: np.ndarray, out: np.ndarray) -> int:
     """As :func:`minipaged.sampling.masks.mask_row`; values of ``row`` and ``out`` must be neighbours in memory."""
     index = np.empty(1, np.int32)
-    _call(mask_function)(row.ctypes.data, bits.ctypes.data, len(row), out.ctypes.data, index.ctypes.data)
+    _call(mask_function, "void(*)(void *, void *, int64_t, void *, void *)")(
+        _at(row), _at(bits), len(row), _at(out), _at(index)
+    )
     return int(index[0])
 
 
@@ -237,7 +246,9 @@ def few_allowed(row: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarr
     count, limit = len(row), len(row) // 4
     for room in (min(limit, _USUAL), limit):
         ids, logits = np.empty(room, np.int64), np.empty(room, np.float32)
-        found = _call(few_function)(row.ctypes.data, bits.ctypes.data, count, room, ids.ctypes.data, logits.ctypes.data)
+        found = _call(few_function, "int64_t(*)(void *, void *, int64_t, int64_t, void *, void *)")(
+            _at(row), _at(bits), count, room, _at(ids), _at(logits)
+        )
         if not few(found, count):
             return None
         if found < room:
@@ -271,4 +282,4 @@ def likeliest_allowed_function() -> CFunc:
 
 def likeliest_allowed(row: np.ndarray, bits: np.ndarray) -> int:
     """As :func:`minipaged.sampling.masks.likeliest_allowed`; values of ``row`` must be neighbours in memory."""
-    return _call(likeliest_allowed_function)(row.ctypes.data, bits.ctypes.data, len(row))
+    return _call(likeliest_allowed_function, "int64_t(*)(void *, void *, int64_t)")(_at(row), _at(bits), len(row))
