@@ -63,7 +63,9 @@ class _Stopwatch:
         return seconds
 
 
-def measure(engine: Engine, *, batch_size: int, prompt_len: int, num_steps: int, temperature: float = 0.0) -> dict:
+def measure(
+    engine: Engine, *, batch_size: int, prompt_len: int, num_steps: int, temperature: float = 0.0, top_p: float = 1.0
+) -> dict:
     """Seconds of a mean step (see above): ``step`` and ``sampling`` of both batches, ``telling`` the new tokens, and
     the ``cost``; ``longer``: how much longer whole steps took under the schema.
 
@@ -86,7 +88,7 @@ def measure(engine: Engine, *, batch_size: int, prompt_len: int, num_steps: int,
         for _ in range(ROUNDS):
             for name, grammar in (("free", None), ("grammar", {"json": SCHEMA})):
                 params = SamplingParams(
-                    temperature=temperature, ignore_eos=grammar is None, max_tokens=total - prompt_len,
+                    temperature=temperature, top_p=top_p, ignore_eos=grammar is None, max_tokens=total - prompt_len,
                     structured_outputs=grammar, seed=0,
                 )  # fmt: skip
                 rounds[name].append(_steps(engine, params, batch_size, prompt_len, num_steps, sampling, telling))
@@ -102,6 +104,7 @@ def measure(engine: Engine, *, batch_size: int, prompt_len: int, num_steps: int,
         "batch_size": batch_size,
         "prompt_len": prompt_len,
         "temperature": temperature,
+        "top_p": top_p,
         "steps_timed": num_steps,
         "rounds": ROUNDS,
         "free": free,

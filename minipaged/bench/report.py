@@ -210,9 +210,10 @@ def grammar_text(result: dict) -> str:
         [title, *(f"{result[name][key] * 1e3:.2f}" for key in ("step", "sampling", "telling"))]
         for title, name in (("free", "free"), ("JSON schema", "grammar"))
     ]
+    top_p = "" if result["top_p"] == 1 else f", top_p {result['top_p']:g}"
     return (
         f"{result['batch_size']} sequences, prompts of {result['prompt_len']} tokens, temperature "
-        f"{result['temperature']:g}; means of {result['steps_timed']} decode steps, of each the median of "
+        f"{result['temperature']:g}{top_p}; means of {result['steps_timed']} decode steps, of each the median of "
         f"{result['rounds']} rounds, the two batches in turn\n\n"
         + table(["", "step, ms", "of it sampling", "telling the grammar"], rows, right=(1, 2, 3))
         + f"\n\nmasking costs {result['cost'] * 1e3:.2f} ms, {result['share_of_step']:.1%} of a step without it "

@@ -160,6 +160,7 @@ def _configure_grammar(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-len", type=positive_int, default=128, metavar="N", help="tokens of each; 128")
     parser.add_argument("--steps", type=positive_int, default=64, metavar="N", help="timed in a round (default: 64)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="(default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="below 1 every mask is made (default: 1)")
     add_engine_options(parser, omit=OMITTED_ENGINE_OPTIONS)
 
 

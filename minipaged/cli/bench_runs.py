@@ -112,6 +112,7 @@ def grammar(args: argparse.Namespace) -> tuple[str, dict]:
         prompt_len=args.prompt_len,
         num_steps=args.steps,
         temperature=args.temperature,
+        top_p=args.top_p,
     )
     return _report("grammar", context, result, report.grammar_text(result))
 
