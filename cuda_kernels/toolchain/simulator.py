@@ -300,11 +300,17 @@ def _names(code):
             yield from _names(constant)
 
 
+def _elements(array: np.ndarray, type_) -> np.ndarray:
+    """The array's memory in elements as wide as ``type_``: a card knows the pointer's type alone."""
+    flat, dtype = array.reshape(-1), _dtype(type_)
+    return flat if flat.itemsize == dtype.itemsize else flat.view(dtype)
+
+
 def run(kernel: Kernel, grid, arguments, shared_bytes: int | None = None) -> None:
     """Runs ``kernel`` on NumPy arrays, which it writes to, and scalars."""
     body, names = as_python(kernel.body), kernel.body.__code__.co_varnames
     values = [
-        Pointer(each.reshape(-1), names[number]) if isinstance(each, np.ndarray) else as_python(type_)(each)
+        Pointer(_elements(each, type_.dtype), names[number]) if isinstance(each, np.ndarray) else as_python(type_)(each)
         for number, (each, type_) in enumerate(zip(arguments, kernel.signature, strict=True))
     ]
     grid = (*np.atleast_1d(grid).tolist(), 1, 1)[:3]

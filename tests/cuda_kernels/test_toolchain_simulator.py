@@ -39,7 +39,8 @@ def as_floats(array):
 @pytest.mark.parametrize(
     "name",
     ["embedding", "rms_norm", "layer_norm", "rope_kv", "activation", "argmax", "moe_route", "moe_sort", "moe_combine"]
-    + ["product_plain", "attention_plain", "attention_reduce", "process_logits"],
+    + ["product_plain", "attention_plain", "attention_reduce", "process_logits"]
+    + ["soft_cap", "row_gather", "copy_blocks", "logprobs"],
 )
 def test_readable_kernels_agree(name):
     subject = example(name)
