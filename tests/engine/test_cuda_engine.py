@@ -15,7 +15,7 @@ from tests.support.cuda_devices import make_device
 
 # isort: split
 
-from minipaged import LLM, SamplingParams
+from minipaged import LLM, SamplingParams, backends
 from minipaged.bench import kernels
 from minipaged.errors import BackendUnavailableError, ConfigError, DownloadError, OutOfDeviceMemoryError
 from minipaged.model import catalog
@@ -112,6 +112,18 @@ def test_no_card_no_cuda(monkeypatch):
         pytest.skip("there is a card")
     with pytest.raises(BackendUnavailableError, match="'cuda' cannot be used: .*Usable here: 'cpu', 'reference'"):
         make_engine("tiny-draft", device="cuda")
+
+
+def test_a_card_is_taken_unasked_if_the_packages_are_there(monkeypatch):
+    card = {"name": "Imaginary card", "compute_capability": "8.0"}
+    monkeypatch.delenv(available.VARIABLE, raising=False)
+    monkeypatch.setattr(available, "driver_facts", lambda: {"driver": "13.9", "devices": [card], "problem": None})
+    assert backends.choose("auto").name == backends.choose("cuda").name == "cuda"
+    monkeypatch.setattr(available, "_importable", lambda module: module != "cuda.bindings")
+    assert backends.choose("auto").name == "cpu"
+    missing = "Imaginary card .* is there, but not the packages cuda-bindings: pip install 'minipaged.cuda.'"
+    with pytest.raises(BackendUnavailableError, match=missing):
+        backends.choose("cuda")
 
 
 def test_a_setting_that_means_nothing(monkeypatch):
