@@ -43,6 +43,7 @@ class Runner:
             parts = _build_reference(model, num_threads=num_threads, **sizes)
         self.decoder, self.kv_cache, self.weight_bytes, self.embedding_bytes = parts
         self.block_size = block_size
+        self._memory = BatchMemory(-(-max_model_len // block_size), max_num_tokens)
         passes = self.decoder.passes_over_logits if backend.name == "cpu" else {}
         self.sampler = Sampler(model.config.vocab_size, **passes)
         self.device_sampler = DeviceSampler(self.sampler) if backend.name == "cuda" else None
@@ -88,8 +89,8 @@ class Runner:
                 itself, and nothing else can be had of its logits. ``None``: the logits come to the host.
         """
         prompts = prompts or {}
-        rows, sample_rows, prompt_rows = _wanted_rows(plan.scheduled, prompts)
-        batch = build_batch(plan.scheduled, rows, self.block_size)
+        rows, sample_rows, prompt_rows = _wanted_rows(plan.scheduled, prompts, self._memory.counting)
+        batch = build_batch(plan.scheduled, rows, self.block_size, self._memory)
         if self.device_sampler is not None and draws is not None:
             prepared = self.device_sampler.prepare(sample_rows, draws, prompt_rows, prompts)
             answers = self.decoder.sample(batch, self.kv_cache, prepared.asks, plan.copies)
@@ -100,21 +101,54 @@ class Runner:
         return HostLogits(self.sampler, logits, sample_rows, prompt_rows, self.decoder.examined)
 
 
-def build_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_size: int) -> Batch:
-    """The arrays of a step: tokens of all sequences one after the other (shapes: :class:`Batch`)."""
+class BatchMemory:
+    """What the arrays of a step share with those of other steps: most of the block tables, and counting.
+
+    Args:
+        max_blocks: length of a block table, at most.
+        max_num_tokens: tokens of a step, at most.
+    """
+
+    def __init__(self, max_blocks: int, max_num_tokens: int):
+        self.counting = np.arange(max_num_tokens + 1, dtype=np.int32)  #: 0, 1, 2, ...; not to be written
+        self._rows = self._tables = np.zeros((0, max_blocks), np.int32)
+        self._written: list[list[int]] = []  # the lists that the rows were made from; a list never changes
+
+    def block_tables(self, scheduled: list[ScheduledSequence]) -> np.ndarray:
+        """int32 ``[S, max_blocks]``, padded with 0, until the next call, which writes only what is new. The same array
+        for as many sequences, most often."""
+        if len(scheduled) > len(self._rows):
+            self._rows = self._tables = np.zeros((2 * len(scheduled), self._rows.shape[1]), np.int32)
+            self._written = [[]] * len(self._rows)
+        for i, (sequence, written) in enumerate(zip(scheduled, self._written, strict=False)):
+            block_ids = sequence.block_ids
+            if block_ids is not written:
+                self._rows[i, : len(block_ids)] = block_ids
+                self._rows[i, len(block_ids) : len(written)] = 0
+                self._written[i] = block_ids
+        if len(self._tables) != len(scheduled):
+            self._tables = self._rows[: len(scheduled)]
+        return self._tables
+
+
+def build_batch(
+    scheduled: list[ScheduledSequence], rows: np.ndarray, block_size: int, memory: BatchMemory | None = None
+) -> Batch:
+    """The arrays of a step: tokens of all sequences one after the other (shapes: :class:`Batch`).
+
+    Args:
+        rows: whose logits are wanted.
+        memory: the same in all steps, if there are several.
+    """
+    memory = memory or BatchMemory(max(len(sequence.block_ids) for sequence in scheduled), len(scheduled))
     if len(scheduled[-1].token_ids) == 1:  # sequences with more tokens than one come last
-        return _decode_batch(scheduled, rows, block_size)
+        return _decode_batch(scheduled, rows, block_size, memory)
     lengths = np.array([len(s.token_ids) for s in scheduled], dtype=np.int64)
     starts = np.array([s.num_computed_tokens for s in scheduled], dtype=np.int64)
     query_start_loc = np.zeros(len(scheduled) + 1, dtype=np.int32)
     np.cumsum(lengths, out=query_start_loc[1:])
 
-    context_lens = starts + lengths
-    num_blocks = -(-context_lens // block_size)
-    block_tables = np.zeros((len(scheduled), int(num_blocks.max())), dtype=np.int32)
-    for row, sequence, used in zip(block_tables, scheduled, num_blocks.tolist(), strict=True):
-        row[:used] = sequence.block_ids[:used]
-
+    block_tables = memory.block_tables(scheduled)
     sequence_of_token = np.repeat(np.arange(len(scheduled)), lengths)
     positions = np.arange(query_start_loc[-1]) + (starts - query_start_loc[:-1])[sequence_of_token]
     blocks = block_tables[sequence_of_token, positions // block_size].astype(np.int64)
@@ -123,42 +157,44 @@ def build_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_size
         positions=positions.astype(np.int32),
         slot_mapping=blocks * block_size + positions % block_size,
         query_start_loc=query_start_loc,
-        context_lens=context_lens.astype(np.int32),
+        context_lens=(starts + lengths).astype(np.int32),
         block_tables=block_tables,
         logits_indices=rows,
     )
 
 
-def _decode_batch(scheduled: list[ScheduledSequence], rows: np.ndarray, block_size: int) -> Batch:
-    """The same for a step of one token each, with fewer small arrays: between two forward passes each
-    of them is a walk through cold memory, which a single user waits for."""
-    count = len(scheduled)
-    positions = [s.num_computed_tokens for s in scheduled]
-    block_tables = np.zeros((count, max(positions) // block_size + 1), dtype=np.int32)
-    slots = []
-    for row, sequence, position in zip(block_tables, scheduled, positions, strict=True):
-        block, offset = divmod(position, block_size)
-        row[: block + 1] = sequence.block_ids[: block + 1]
-        slots.append(sequence.block_ids[block] * block_size + offset)
-    computed = np.array(positions, dtype=np.int32)
+def _decode_batch(
+    scheduled: list[ScheduledSequence], rows: np.ndarray, block_size: int, memory: BatchMemory
+) -> Batch:
+    """The same for a step of one token each, with few and always the same calls into NumPy: after a forward pass
+    the caches hold weights, and the first call of each kind waits for memory, which a single user waits for."""
+    starts = [s.num_computed_tokens for s in scheduled]
+    slots = [
+        s.block_ids[start // block_size] * block_size + start % block_size
+        for s, start in zip(scheduled, starts, strict=True)
+    ]
     return Batch(
         input_ids=np.array([s.token_ids[0] for s in scheduled], dtype=np.int32),
-        positions=computed,
+        positions=np.array(starts, dtype=np.int32),
         slot_mapping=np.array(slots, dtype=np.int64),
-        query_start_loc=np.arange(count + 1, dtype=np.int32),
-        context_lens=computed + np.int32(1),
-        block_tables=block_tables,
+        query_start_loc=memory.counting[: len(scheduled) + 1],
+        context_lens=np.array([start + 1 for start in starts], dtype=np.int32),
+        block_tables=memory.block_tables(scheduled),
         logits_indices=rows,
     )
 
 
 def _wanted_rows(
-    scheduled: list[ScheduledSequence], prompts: dict[str, PromptOrder]
+    scheduled: list[ScheduledSequence], prompts: dict[str, PromptOrder], counting: np.ndarray
 ) -> tuple[np.ndarray, list[int], dict[str, tuple[int, slice]]]:
-    """Which tokens of the step need logits, and where those logits will be found."""
+    """Which tokens of the step need logits, and where those logits will be found.
+
+    ``counting``: that of :class:`BatchMemory`.
+    """
     if not prompts and len(scheduled[-1].token_ids) == 1:  # sequences with more tokens than one come last
         wanted = [row for row, sequence in enumerate(scheduled) if sequence.samples]
-        return np.array(wanted, dtype=np.int32), list(range(len(wanted))), {}
+        sample_rows = list(range(len(wanted)))
+        return counting[: len(wanted)] if wanted == sample_rows else np.array(wanted, np.int32), sample_rows, {}
     rows: list[int] = []
     sample_rows: list[int] = []
     prompt_rows: dict[str, tuple[int, slice]] = {}

@@ -31,3 +31,31 @@ def test_a_decode_step_is_a_case_of_any_step(block_size):
             assert np.array_equal(one, other[:count, : one.shape[1]])
         else:
             assert np.array_equal(one, other[: len(one)]), field.name
+
+
+def test_what_is_kept_from_one_step_to_the_next_changes_nothing():
+    rng = np.random.default_rng(7)
+    memory = runner.BatchMemory(max_blocks=12, max_num_tokens=64)
+
+    def sequence(i, position, block_ids):
+        return ScheduledSequence(str(i), [int(rng.integers(500))], position, block_ids, True)
+
+    def some_blocks():
+        return rng.permutation(1000)[: rng.integers(1, 13)].tolist()
+
+    tables = {i: some_blocks() for i in range(9)}
+    for _ in range(300):
+        changed = int(rng.integers(9))
+        known = tables[changed]
+        tables[changed] = [known[:-1] or [3], (known + [5])[:12], some_blocks()][rng.integers(3)]
+        running = rng.permutation(9)[: rng.integers(1, 10)].tolist()  # they come, go and change places
+        scheduled = [sequence(i, int(rng.integers(4 * len(tables[i]))), tables[i]) for i in running]
+        rows = np.arange(len(scheduled), dtype=np.int32)
+        kept, fresh = (runner.build_batch(scheduled, rows, 4, m) for m in (memory, None))
+        for field in dataclasses.fields(kept):
+            one, other = getattr(kept, field.name), getattr(fresh, field.name)
+            if field.name == "block_tables":
+                width = other.shape[1]
+                assert not one[:, width:].any(), "what is not used is 0"
+                one = one[:, :width]
+            assert one.dtype == other.dtype and np.array_equal(one, other), field.name

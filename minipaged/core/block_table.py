@@ -14,7 +14,8 @@ class BlockTable:
 
     Attributes:
         blocks: the blocks; position ``p`` lies in ``blocks[p // block_size]``.
-        block_ids: their ids, kept beside them so that a step copies a list instead of building one.
+        block_ids: their ids. A change makes a new list, so that a plan may hold this one, and who has seen a list
+            knows what is in it.
     """
 
     __slots__ = ("block_size", "pool", "blocks", "block_ids")
@@ -42,7 +43,7 @@ class BlockTable:
     def extend(self, blocks: list[Block]) -> None:
         """Append blocks whose reference passes to this table."""
         self.blocks += blocks
-        self.block_ids += [block.block_id for block in blocks]
+        self.block_ids = self.block_ids + [block.block_id for block in blocks]
 
     # -- writing ------------------------------------------------------------------------------
     #
@@ -91,12 +92,13 @@ class BlockTable:
         copies = []
         for index, block in enumerate(self._written(start, end), start // self.block_size):
             if block.ref_cnt > 1:
-                copy = fresh.pop()
-                self.blocks[index], self.block_ids[index] = copy, copy.block_id
+                self.blocks[index] = copy = fresh.pop()
                 self.pool.free([block])
                 copies.append((block.block_id, copy.block_id))
             elif block.block_hash is not None:
                 self.pool.unpublish(block)
+        if copies:
+            self.block_ids = [block.block_id for block in self.blocks]
         if fresh:
             self.extend(fresh)
         return copies
@@ -115,8 +117,10 @@ class BlockTable:
     def truncate(self, num_tokens: int) -> None:
         """Roll back to the blocks that the first ``num_tokens`` positions need; the rest is freed."""
         keep = (num_tokens + self.block_size - 1) // self.block_size
-        self.pool.free(self.blocks[keep:])
-        del self.blocks[keep:], self.block_ids[keep:]
+        if keep < len(self.blocks):
+            self.pool.free(self.blocks[keep:])
+            del self.blocks[keep:]
+            self.block_ids = self.block_ids[:keep]
 
     def release(self) -> None:
         """Give every block back."""

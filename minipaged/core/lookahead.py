@@ -48,5 +48,5 @@ def add_draft_tokens(
         output.copies += table.append_slots(start, end)
         output.num_tokens += len(draft)
         sequence.token_ids += draft
-        sequence.block_ids = table.block_ids.copy()
+        sequence.block_ids = table.block_ids
         sequence.num_lookahead_tokens = len(draft)

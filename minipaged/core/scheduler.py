@@ -200,9 +200,11 @@ class Scheduler:
         ``drafts``: guesses by request id; those that fit into the rest of the step are computed too.
         """
         output = SchedulerOutput()
-        self._preempt_for_urgent(output)
+        if self.waiting:
+            self._preempt_for_urgent(output)
         self._continue_running(output)
-        self._admit_waiting(output)
+        if self.waiting:
+            self._admit_waiting(output)
         while not output.scheduled and (idle := self._worst_idle()):
             # Beams that await a sibling hold the blocks that it wants.
             self._preempt(idle, output)
@@ -210,7 +212,8 @@ class Scheduler:
             self._admit_waiting(output)
         if drafts:
             add_draft_tokens(output, self.requests, drafts, self.config.max_num_batched_tokens, self.pool)
-        output.scheduled.sort(key=_has_many_tokens)
+        if output.num_tokens > len(output.scheduled):
+            output.scheduled.sort(key=_has_many_tokens)
         self.num_steps += 1
         self.num_blocks_copied += len(output.copies)
         return output
@@ -310,7 +313,7 @@ class Scheduler:
                 request.request_id,
                 request.token_ids[start:end],
                 start,
-                request.block_table.block_ids.copy(),
+                request.block_table.block_ids,
                 end == len(request.token_ids),
             )
         )

@@ -36,7 +36,8 @@ class ScheduledSequence:
         request_id: whose tokens these are.
         token_ids: tokens to compute, at positions ``num_computed_tokens`` and following.
         num_computed_tokens: tokens whose KV is already there, before this step.
-        block_ids: the whole block table; covers all positions of this step.
+        block_ids: the whole block table; covers all positions of this step. The same list as in the last step
+            where the table is the same.
         samples: whether the last token known is among them, so that its logits give the next.
         num_lookahead_tokens: how many of the tokens, the last ones, are not known but a draft.
     """

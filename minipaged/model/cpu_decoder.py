@@ -11,7 +11,8 @@ import numpy as np
 from minipaged.model.config import ModelConfig
 from minipaged.model.rope import rope_tables
 from minipaged.model.weights import Linear, ModelWeights, Norm
-from minipaged.ops.cpu import attention, embedding, logits, masks, packing
+from minipaged.ops.cpu import attention, embedding, masks, packing
+from minipaged.ops.cpu.arrays import StepArrays
 from minipaged.ops.cpu.elementwise import ACTIVATIONS
 from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
 from minipaged.ops.cpu.kv_writes import write_phase
@@ -65,12 +66,14 @@ class CpuDecoder:
         self._linear_table = np.array(self._linears, LINEAR)
         # A row's place is its own in every product: threads that keep their rows are not all at the same product.
         self._linear_table["row_bytes"] = self._linear_table["row_bytes"].max()
-        self._queries_per_tile = attention.queries_per_tile(config.num_heads // config.num_kv_heads)
+        queries_per_tile = attention.queries_per_tile(config.num_heads // config.num_kv_heads)
+        row_length = padded_rows(config.vocab_size)
+        self._arrays = StepArrays(self._model, max_num_tokens, queries_per_tile, row_length)
         self._counters = aligned_zeros((config.num_layers * num_threads * LINE,), np.dtype(np.uint8))
         self._fill_addresses()
         step = step_function()
         arrays = (self._model, self._layers, self._linear_table)
-        self._everything = (self._keep, weights, kv_cache, self._counters)
+        self._everything = (self._keep, weights, kv_cache, self._counters, self._arrays)
         self.team.start(_Work(step, arrays, self._everything))
 
     def forward(self, batch: Batch, kv_cache: CpuKVCache) -> np.ndarray:
@@ -80,30 +83,10 @@ class CpuDecoder:
         Raises :class:`~minipaged.errors.EngineClosedError` after :meth:`close` and in a forked process.
         """
         assert kv_cache is self.kv_cache, "the tables point to the cache that the decoder was made with"
-        model, num_logits = self._model, len(batch.logits_indices)
-        result = np.empty((num_logits, padded_rows(self.config.vocab_size)), np.float32)
-        found = np.empty((2, num_logits), np.int32)
-        arrays = {
-            "input_ids": np.ascontiguousarray(batch.input_ids, np.int32),
-            "positions": np.ascontiguousarray(batch.positions, np.int32),
-            "slot_mapping": np.ascontiguousarray(batch.slot_mapping, np.int64),
-            "block_tables": np.ascontiguousarray(batch.block_tables, np.int32),
-            "tiles": self._tiles(batch),
-            "logits_indices": np.ascontiguousarray(batch.logits_indices, np.int32),
-            "logits": result,
-            "likeliest": found[0],
-            "magnitudes": found[1],
-        }
-        for name, array in arrays.items():
-            model[name] = array.ctypes.data
-        model["num_tokens"] = len(batch.input_ids)
-        model["num_logits"] = num_logits
-        model["num_tiles"] = len(arrays["tiles"])
-        model["block_table_stride"] = arrays["block_tables"].strides[0]
-        model["logits_stride"] = 4 * result.shape[1]
+        result = self._arrays.fill(batch)
         self._counters.fill(0)
         self.team.run()
-        self.examined = logits.findings(found)
+        self.examined = self._arrays.findings(len(result))
         return result[:, : self.config.vocab_size]
 
     passes_over_logits = {  #: faster ways for the sampler
@@ -122,27 +105,6 @@ class CpuDecoder:
         names = ("qkv", "o", "gate_up", "down")
         found = {name: self._linear_table[self._layers[name]] for name in names}
         return found | {"lm_head": self._linear_table[self._model["lm_head"]]}
-
-    def _tiles(self, batch: Batch) -> np.ndarray:
-        """Rows of (sequence, first row, queries, first position): the queries that share K and V.
-
-        The longest context first, so that the threads end together.
-        """
-        size = self._queries_per_tile
-        if len(batch.positions) == len(batch.context_lens):  # one token of each sequence
-            order = np.argsort(batch.positions)[::-1]
-            tiles = np.ones((len(order), 4), np.int32)
-            tiles[:, 0] = tiles[:, 1] = order
-            tiles[:, 3] = batch.positions[order]
-            return tiles
-        lengths = np.diff(batch.query_start_loc)
-        counts = -(-lengths // size)
-        sequence = np.repeat(np.arange(len(lengths)), counts)
-        number = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
-        first_row = batch.query_start_loc[sequence] + number * size
-        queries = np.minimum(size, batch.query_start_loc[sequence + 1] - first_row)
-        tiles = np.stack([sequence, first_row, queries, batch.positions[first_row]], axis=1)
-        return tiles[np.argsort(tiles[:, 3])[::-1]].astype(np.int32)
 
     # -- tables -----------------------------------------------------------------------------------
 

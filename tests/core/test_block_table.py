@@ -153,3 +153,23 @@ def test_release_after_any_history_gives_every_block_back():
         for table in tables:
             table.release()
         assert pool.num_free == 20
+
+
+def test_a_list_of_block_ids_never_changes():
+    rng = random.Random(5)
+    pool = BlockPool(64)
+    tables, seen = [BlockTable(4, pool)], []
+    for _ in range(400):
+        table = rng.choice(tables)
+        num_tokens = rng.randrange(table.capacity + 1)
+        match rng.randrange(4):
+            case 0 if len(tables) < 6:
+                tables.append(table.fork())
+            case 1:
+                table.truncate(num_tokens)
+            case _ if table.num_blocks_needed(num_tokens, num_tokens + 5) <= pool.num_free:
+                table.append_slots(num_tokens, num_tokens + 5)
+        assert table.block_ids == [block.block_id for block in table.blocks]
+        seen.append((table.block_ids, tuple(table.block_ids)))
+    assert len({ids for _, ids in seen}) > 100
+    assert all(tuple(block_ids) == known for block_ids, known in seen)
