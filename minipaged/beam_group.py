@@ -77,14 +77,13 @@ class BeamGroup(SequenceGroup):
         beams = []
         for candidate, output in chosen:
             parent = candidate.beam
-            beam = Sequence(self, None, parent.sampling, output)
             if parent in parents:
                 parents.remove(parent)  # its first successor takes its place, the others are forks
-                live.replace(parent, beam)
+                beams.append(Sequence(self, None, parent.sampling, output))
+                live.replace(parent, beams[-1])
             else:
-                beam.sampling = parent.sampling.fork(parent.sampling.seed)
-                live.fork(parent, beam)
-            beams.append(beam)
+                beams.append(Sequence(self, None, parent.sampling.fork(parent.sampling.seed), output))
+                live.fork(parent, beams[-1])
         for beam, (candidate, _) in zip(beams, chosen, strict=True):  # every fork was made
             live.append(beam, candidate.token.token_id)
             beam.sampling.append(candidate.token.token_id)

@@ -13,6 +13,7 @@ from minipaged.config import EngineConfig, SamplingParams
 from minipaged.core.factory import make_scheduler
 from minipaged.core.request import Request
 from minipaged.core.scheduler import SchedulerConfig, SchedulerOutput
+from minipaged.draws import Draws
 from minipaged.errors import (
     InvalidParameterError,
     NumericalError,
@@ -32,7 +33,7 @@ from minipaged.sampling.grammar import Grammar, GrammarCompiler
 from minipaged.sampling.sampler import SampledToken
 from minipaged.sampling.seeds import derived_seed
 from minipaged.sampling.state import SamplingState
-from minipaged.sampling.step_logits import DrawOrder, PromptOrder, StepLogits
+from minipaged.sampling.step_logits import PromptOrder, StepLogits
 from minipaged.sequence_group import Sequence, SequenceGroup
 from minipaged.sizing import resolve_max_model_len, resolve_num_blocks, resolve_num_host_blocks
 
@@ -234,12 +235,13 @@ class Engine(Observed):
             return
         began = time.monotonic()
         sequences = self._live.of(plan.scheduled)
-        orders = self._orders(plan, sequences)
-        logits = self.runner.execute(plan, self._prompt_orders(sequences), [order for _, order in orders])
+        draws = Draws(plan, sequences)
+        logits = self.runner.execute(plan, self._prompt_orders(sequences), draws.orders)
         computed = time.monotonic()
-        self.scheduler.swap.note_computed(plan.num_tokens, computed - began)
-        failed = self._take_prompt_logprobs(logits)
-        drawn = self._draw(orders, logits)
+        if self.scheduler.swap.num_blocks:
+            self.scheduler.swap.note_computed(plan.num_tokens, computed - began)
+        failed = self._take_prompt_logprobs(logits) if logits.prompt_rows else {}
+        drawn = draws.take(logits)
         sampled = time.monotonic()
         failed |= {sequence_id: tokens[0].error for sequence_id, tokens in drawn.items() if tokens[0].error}
         for sequence_id in failed:
@@ -269,35 +271,6 @@ class Engine(Observed):
             self.runner.swap(plan)
             self.scheduler.swap.note_copies(num_blocks, time.monotonic() - began)
 
-    @staticmethod
-    def _orders(plan: SchedulerOutput, sequences: list[Sequence]) -> list[tuple[Sequence, DrawOrder]]:
-        """The sequences that sample in this step, and what is wanted of their logits."""
-        found = []
-        for scheduled, sequence in zip(plan.scheduled, sequences, strict=True):
-            if scheduled.samples:
-                order = sequence.group.order(sequence)
-                if scheduled.num_lookahead_tokens:
-                    order.draft_token_ids = scheduled.token_ids[-scheduled.num_lookahead_tokens :]
-                found.append((sequence, order))
-        return found
-
-    @staticmethod
-    def _draw(orders: list[tuple[Sequence, DrawOrder]], logits: StepLogits) -> dict[str, list[SampledToken]]:
-        """By sequence id, the tokens drawn for each sequence that samples in this step."""
-        drawn: dict[str, list[SampledToken]] = {}
-        rows, states, owners = [], [], []
-        for (sequence, order), row in zip(orders, logits.sample_rows, strict=True):
-            found = drawn[sequence.request.request_id] = []
-            if order.num_candidates:
-                found += logits.continuations(row, order.states[0], order.num_candidates)
-                continue
-            rows += [row] * len(order.states)
-            states += order.states
-            owners += [found] * len(order.states)
-        for owner, token in zip(owners, logits.draw(rows, states), strict=True):
-            owner.append(token)
-        return drawn
-
     def _process(
         self,
         plan: SchedulerOutput,
@@ -316,13 +289,18 @@ class Engine(Observed):
         touched: set[SequenceGroup] = set()
         for index, (scheduled, sequence) in enumerate(zip(plan.scheduled, sequences, strict=True)):
             group = sequence.group
-            group.note_scheduled(started)
+            if group.metrics.first_scheduled_time is None:
+                group.note_scheduled(started)
+            tokens = drawn.get(scheduled.request_id)
             if scheduled.request_id in failed:
                 group.fail(sequence, failed[scheduled.request_id], self._live)
                 touched.add(group)
-            elif scheduled.request_id in drawn:
+            elif tokens is not None:
                 group.note_sampled(sampled)
-                self._take(sequence, drawn[scheduled.request_id], scheduled.num_lookahead_tokens > 0)
+                if scheduled.num_lookahead_tokens:
+                    self._take_verified(sequence, tokens)
+                else:
+                    group.take(sequence, tokens, self._live)
                 touched.add(group)
             # else a chunk of its prompt was computed; there is nothing to tell yet
             if last[group] == index and group in touched:
@@ -330,19 +308,17 @@ class Engine(Observed):
 
     def _tell(self, group: SequenceGroup, deliver: Callable[[RequestOutput], None]) -> None:
         """Let a group's caller know what is new, and forget the group if that was all."""
-        if group.finished:
-            del self._groups[group.request_id]
-            self._num_requests_finished += group.error is None
-        if group.finished or group.stream:
-            deliver(group.build())
-        if group.finished:
-            group.let_go()
-
-    def _take(self, sequence: Sequence, tokens: list[SampledToken], speculated: bool) -> None:
-        """Hand a sequence what was drawn for it: side by side, or one after another as far as it goes."""
-        if not speculated:
-            sequence.group.take(sequence, tokens, self._live)
+        if not group.finished:
+            if group.stream:
+                deliver(group.build())
             return
+        del self._groups[group.request_id]
+        self._num_requests_finished += group.error is None
+        deliver(group.build())
+        group.let_go()
+
+    def _take_verified(self, sequence: Sequence, tokens: list[SampledToken]) -> None:
+        """Hand a sequence its right guesses and the token behind them, one after another as far as it goes."""
         for token in tokens:
             if not sequence.output.finished:  # what was verified beyond a stop string is not wanted
                 sequence.group.take(sequence, [token], self._live)

@@ -147,16 +147,12 @@ class EngineThread:
 
     def _obey(self) -> bool:
         """Carry out queued commands; wait for one if there is no work. False: time to end."""
-        block = not self.engine.has_unfinished()
-        while True:
-            try:
-                command = self._commands.get(block=block)
-            except queue.Empty:
-                return True
+        while not self.engine.has_unfinished() or not self._commands.empty():
+            command = self._commands.get()
             if command is None:
                 return False
             command()
-            block = not self.engine.has_unfinished()
+        return True
 
     def _deliver(self, output: RequestOutput) -> None:
         sink = self._sinks.pop(output.request_id) if output.finished else self._sinks[output.request_id]

@@ -19,6 +19,23 @@ class OutputBuilder:
     holds back what might be the beginning of a stop string.
     """
 
+    __slots__ = (
+        "params",
+        "tokenizer",
+        "token_ids",
+        "text",
+        "finish_reason",
+        "stop_reason",
+        "cumulative_logprob",
+        "logprobs",
+        "_eos_token_ids",
+        "_end_token_ids",
+        "_detokenizer",
+        "_stop",
+        "_max_tokens",
+        "_given_out",
+    )
+
     def __init__(
         self,
         params: SamplingParams,
@@ -37,17 +54,18 @@ class OutputBuilder:
         self.cumulative_logprob: float | None = 0.0 if ranked or params.logprobs is not None else None
         self.logprobs: list[dict[int, Logprob]] | None = None if params.logprobs is None else []
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
-        self._stop_token_ids = frozenset(params.stop_token_ids)
+        self._end_token_ids = self._eos_token_ids.union(params.stop_token_ids)
         self._detokenizer = IncrementalDetokenizer(
             tokenizer, prompt_token_ids, skip_special_tokens=params.skip_special_tokens
         )
-        self._stop = StopChecker(params.stop, params.include_stop_str_in_output)
+        self._stop = StopChecker(params.stop, params.include_stop_str_in_output) if params.stop else None
+        self._max_tokens = params.max_tokens
         self._given_out = 0
 
     @property
     def num_end_tokens(self) -> int:
         """Token ids that end the text."""
-        return len(self._eos_token_ids | self._stop_token_ids)
+        return len(self._end_token_ids)
 
     @property
     def finished(self) -> bool:
@@ -62,15 +80,13 @@ class OutputBuilder:
         if self.logprobs is not None:
             self.logprobs.append(logprob_entry(sampled, self.tokenizer))
 
-        # Below min_tokens neither these ids (the sampler masks them) nor stop strings end the text.
-        may_stop = len(self.token_ids) > self.params.min_tokens
-        if token_id in self._eos_token_ids or token_id in self._stop_token_ids:
+        if token_id in self._end_token_ids:
             if token_id not in self._eos_token_ids:
                 self.stop_reason = token_id
             self._finish("stop", last=[token_id] if self.params.include_stop_str_in_output else ())
         else:
-            self._push(self._detokenizer.push(token_id), may_stop)
-            if self.finish_reason is None and len(self.token_ids) >= self.params.max_tokens:
+            self._push(self._detokenizer.push(token_id))
+            if self.finish_reason is None and len(self.token_ids) >= self._max_tokens:
                 self._finish("length")
 
     def fork(self) -> OutputBuilder:
@@ -79,7 +95,7 @@ class OutputBuilder:
         twin.token_ids = self.token_ids.copy()
         twin.logprobs = None if self.logprobs is None else self.logprobs.copy()
         twin._detokenizer = self._detokenizer.fork()
-        twin._stop = self._stop.fork()
+        twin._stop = self._stop and self._stop.fork()
         return twin
 
     def end(self, reason: str) -> None:
@@ -92,21 +108,22 @@ class OutputBuilder:
         Its lists are copies while the sequence goes on, unless it is ``live``: to touch all tokens so far at each
         new one takes longer than anything else that is done for it.
         """
-        share = live or self.finished
+        share = live or self.finish_reason is not None
         delta, self._given_out = self.text[self._given_out :], len(self.text)
         return CompletionOutput(
-            index=index,
-            text=self.text,
-            token_ids=self.token_ids if share else list(self.token_ids),
-            cumulative_logprob=self.cumulative_logprob,
-            logprobs=self.logprobs if share or self.logprobs is None else list(self.logprobs),
-            finish_reason=self.finish_reason,
-            stop_reason=self.stop_reason,
-            delta=delta,
+            index,
+            self.text,
+            self.token_ids if share else self.token_ids.copy(),
+            self.cumulative_logprob,
+            self.logprobs if share or self.logprobs is None else self.logprobs.copy(),
+            self.finish_reason,
+            self.stop_reason,
+            delta,
         )
 
-    def _push(self, text: str, may_stop: bool) -> None:
-        if not may_stop:
+    def _push(self, text: str) -> None:
+        # Below min_tokens neither stop token ids (the sampler masks them) nor stop strings end the text.
+        if self._stop is None or len(self.token_ids) <= self.params.min_tokens:
             self.text += text
             return
         emitted, stop_string = self._stop.push(text)
@@ -118,9 +135,9 @@ class OutputBuilder:
     def _finish(self, reason: str, last=()) -> None:
         """Give out what was held back. A stop string completed by it still ends the text."""
         rest = self._detokenizer.append(list(last)) if last else ""
-        self._push(rest + self._detokenizer.flush(), may_stop=len(self.token_ids) > self.params.min_tokens)
+        self._push(rest + self._detokenizer.flush())
         if not self.finished:
-            self.text += self._stop.flush()
+            self.text += self._stop.flush() if self._stop else ""
             self.finish_reason = reason
 
 

@@ -32,15 +32,19 @@ from minipaged.sampling.step_logits import DrawOrder, PromptOrder, StepLogits
 
 
 class Sequence:
-    """One continuation of a group's prompt. ``request`` is ``None`` until it is forked, ``group`` once it has ended."""
+    """One continuation of a group's prompt. ``request`` is ``None`` until it is forked, ``group`` once it has ended.
 
-    __slots__ = ("group", "request", "sampling", "output")
+    ``order``: what is wanted of its row of logits where nothing is forked from it.
+    """
+
+    __slots__ = ("group", "request", "sampling", "output", "order")
 
     def __init__(self, group: SequenceGroup, request: Request | None, sampling: SamplingState, output: OutputBuilder):
         self.group = group
         self.request = request
         self.sampling = sampling
         self.output = output
+        self.order = DrawOrder([sampling])
 
 
 class SequenceGroup:
@@ -55,9 +59,26 @@ class SequenceGroup:
     Attributes:
         request_id: what the caller knows it by.
         sequences: its continuations, finished ones too.
+        finished: whether every one of them is.
         stream: as given; but what is ranked before it is chosen (``best_of`` above ``n``) comes at the end.
         prompt_logprobs: one entry a prompt token as far as known, or ``None`` if not asked for.
     """
+
+    __slots__ = (
+        "request_id",
+        "params",
+        "prompt",
+        "prompt_token_ids",
+        "prompt_logprobs",
+        "num_cached_tokens",
+        "metrics",
+        "error",
+        "stream",
+        "live",
+        "finished",
+        "sequences",
+        "_unforked",
+    )
 
     def __init__(
         self,
@@ -79,7 +100,9 @@ class SequenceGroup:
         self.error: str | None = None
         self.stream = stream and self.params.num_sequences == self.params.n
         self.live = live
+        self.finished = False
         self.sequences = [Sequence(self, request, sampling, output)]
+        self._unforked: list[Sequence] = []
         self._add_siblings()
 
     def _add_siblings(self) -> None:
@@ -87,23 +110,15 @@ class SequenceGroup:
         root = self.sequences[0]
         for index in range(1, self.params.num_sequences):
             sampling = root.sampling.fork(choice_seed(root.sampling.seed, index))
-            self.sequences.append(Sequence(self, None, sampling, root.output.fork()))
-
-    @property
-    def finished(self) -> bool:
-        """Whether every sequence is."""
-        for sequence in self.sequences:  # asked four times a step, and most groups have one sequence
-            if sequence.output.finish_reason is None:
-                return False
-        return True
+            self._unforked.append(Sequence(self, None, sampling, root.output.fork()))
+        self.sequences += self._unforked
 
     # -- what a step does to it -------------------------------------------------------------------
 
     def note_scheduled(self, now: float) -> None:
-        """A step that began at ``now`` worked on one of the sequences."""
-        if self.metrics.first_scheduled_time is None:
-            self.metrics.first_scheduled_time = now
-            self.num_cached_tokens = self.sequences[0].request.num_cached_tokens
+        """A step that began at ``now`` was the first to work on one of the sequences."""
+        self.metrics.first_scheduled_time = now
+        self.num_cached_tokens = self.sequences[0].request.num_cached_tokens
 
     def note_sampled(self, now: float) -> None:
         """The tokens that :meth:`take` is about to get were sampled at ``now``."""
@@ -113,7 +128,9 @@ class SequenceGroup:
 
     def order(self, sequence: Sequence) -> DrawOrder:
         """What is wanted of the sequence's row of logits."""
-        return DrawOrder([drawn.sampling for drawn in self._continuing(sequence)])
+        if self._unforked:
+            return DrawOrder([drawn.sampling for drawn in (sequence, *self._unforked)])
+        return sequence.order
 
     def prompt_order(self) -> PromptOrder:
         """What is still wanted of the prompt's logits, if ``prompt_logprobs`` is not ``None``. (A preempted request
@@ -131,9 +148,11 @@ class SequenceGroup:
 
     def take(self, sequence: Sequence, tokens: list[SampledToken], live: LiveSequences) -> None:
         """Go on with the tokens that were drawn, as :meth:`order` wanted them."""
-        continuing = self._continuing(sequence)
-        for child in continuing[1:]:
-            live.fork(sequence, child)
+        continuing = [sequence, *self._unforked]
+        if self._unforked:
+            for child in self._unforked:
+                live.fork(sequence, child)
+            self._unforked = []
         for member, token in zip(continuing, tokens, strict=True):
             live.append(member, token.token_id)
             member.sampling.append(token.token_id)
@@ -142,16 +161,10 @@ class SequenceGroup:
                 live.finish(member)
                 self._note_end()
 
-    def _continuing(self, sequence: Sequence) -> list[Sequence]:
-        """The sequence, and those that are to be forked from it now."""
-        if len(self.sequences) == 1:
-            return [sequence]
-        return [sequence, *(sibling for sibling in self.sequences if sibling.request is None)]
-
     def fail(self, sequence: Sequence, error: str, live: LiveSequences) -> None:
         """End a sequence whose logits cannot be used, and those that were to be forked from it."""
         self.error = self.error or error
-        self._drop(self._continuing(sequence), "error", live)
+        self._drop([sequence, *self._unforked], "error", live)
 
     def abort(self, live: LiveSequences) -> None:
         """End what is not finished."""
@@ -164,6 +177,7 @@ class SequenceGroup:
         self._note_end()
 
     def _note_end(self) -> None:
+        self.finished = all(sequence.output.finished for sequence in self.sequences)
         if self.finished and self.metrics.finished_time is None:
             self.metrics.finished_time = time.monotonic()
 
@@ -178,19 +192,21 @@ class SequenceGroup:
     def build(self) -> RequestOutput:
         """A snapshot; each output's ``delta`` is the text that came since the last one."""
         outputs = [sequence.output.build(index, self.live) for index, sequence in enumerate(self.sequences)]
-        if len(outputs) > 1 and not self.stream:
-            outputs.sort(key=lambda output: -output.cumulative_logprob)
-        return self._result(outputs[: self.params.n])
+        if len(outputs) > 1:
+            if not self.stream:
+                outputs.sort(key=lambda output: -output.cumulative_logprob)
+            outputs = outputs[: self.params.n]
+        return self._result(outputs)
 
     def _result(self, outputs: list) -> RequestOutput:
         return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=outputs,
-            finished=self.finished,
-            prompt_logprobs=self.prompt_logprobs,
-            num_cached_tokens=self.num_cached_tokens,
-            metrics=self.metrics,
-            error=self.error,
+            self.request_id,
+            self.prompt,
+            self.prompt_token_ids,
+            outputs,
+            self.finished,
+            self.prompt_logprobs,
+            self.num_cached_tokens,
+            self.metrics,
+            self.error,
         )

@@ -43,6 +43,8 @@ class IncrementalDetokenizer:
         skip_special_tokens: special tokens give no text.
     """
 
+    __slots__ = ("_special", "_text")
+
     def __init__(
         self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int] = (), skip_special_tokens: bool = True
     ):
@@ -73,28 +75,31 @@ class IncrementalDetokenizer:
 class _ByteLevelText:
     """Byte-level BPE: every token is a string of bytes, and the text is their UTF-8 decoding."""
 
+    __slots__ = ("_bytes", "_waiting")
+
     def __init__(self, tokenizer: Tokenizer):
         self._bytes = tokenizer.token_bytes
-        # Like the batch decoder, "replace" gives one U+FFFD for each maximal part of a broken
-        # character (Unicode standard, section 3.9).
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._waiting = b""  # the beginning of a character
 
     def start_after(self, prompt_tail: list[int]) -> None:
         # At most 3 bytes can wait for the rest of a character: at most the last 3 tokens matter.
         for token_id in prompt_tail:
-            self._decoder.decode(self._bytes(token_id))
+            self.push(token_id)
 
     def push(self, token_id: int) -> str:
-        return self._decoder.decode(self._bytes(token_id))
+        data = self._waiting + self._bytes(token_id)
+        # Like the batch decoder, "replace" gives one U+FFFD for each maximal part of a broken
+        # character (Unicode standard, section 3.9).
+        text, num_decoded = codecs.utf_8_decode(data, "replace")
+        self._waiting = data[num_decoded:]
+        return text
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        waiting, self._waiting = self._waiting, b""
+        return waiting.decode("utf-8", "replace")
 
     def fork(self) -> _ByteLevelText:
-        twin = copy.copy(self)
-        twin._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        twin._decoder.setstate(self._decoder.getstate())
-        return twin
+        return copy.copy(self)
 
 
 class _PieceText:

@@ -62,7 +62,8 @@ class SampledToken:
 def examine(logits: np.ndarray) -> tuple[list[int], list[bool]]:
     """For each row of float32 ``logits [S, vocab]``: the index of its largest value (the first of several; of no
     meaning where one is NaN), and whether any value is NaN or infinite."""
-    damaged = ~np.isfinite(logits.sum(axis=1))
+    with np.errstate(over="ignore", invalid="ignore"):
+        damaged = ~np.isfinite(logits.sum(axis=1))
     if damaged.any():  # a sum that is not finite may be a mere overflow; only then look at each logit
         damaged &= ~np.isfinite(logits).all(axis=1)
     return logits.argmax(axis=1).tolist(), damaged.tolist()
@@ -113,14 +114,14 @@ class Sampler:
             raise ValueError(f"logits have shape {logits.shape}; expected {(len(states), self.vocab_size)}.")
         if not states:
             return []
+        likeliest, damaged = examined or examine(logits)
+        if not with_margins and all([state.memoryless for state in states]):
+            return [
+                SampledToken(-1, error=DAMAGED) if bad else SampledToken(token_id)
+                for token_id, bad in zip(likeliest, damaged, strict=True)
+            ]
         # Extreme logits overflow on the way to a value that is then checked for being finite.
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            likeliest, damaged = examined or examine(logits)
-            if not with_margins and all(state.memoryless for state in states):
-                return [
-                    SampledToken(-1, error=DAMAGED) if bad else SampledToken(token_id)
-                    for token_id, bad in zip(likeliest, damaged, strict=True)
-                ]
             tokens, rows = [], []
             for index, (state, token_id, bad) in enumerate(zip(states, likeliest, damaged, strict=True)):
                 if bad:

@@ -31,6 +31,17 @@ class SamplingState:
             cannot be tokenised.
     """
 
+    __slots__ = (
+        "params",
+        "seed",
+        "vocab_size",
+        "num_logprobs",
+        "num_prompt_tokens",
+        "output_token_ids",
+        "processors",
+        "_takes_likeliest",
+    )
+
     def __init__(
         self,
         params: SamplingParams,
@@ -47,27 +58,31 @@ class SamplingState:
                 f"the sampling parameters name token id {params.max_token_id()}, "
                 f"but the model has ids 0 to {vocab_size - 1}."
             )
-        self.params = params
         self.seed = seed
         self.vocab_size = vocab_size
-        # Several samples are ranked by log-probability, asked for or not (beam search has its own).
-        ranked = params.num_sequences > 1 and not params.use_beam_search
-        self.num_logprobs = 0 if ranked and params.logprobs is None else params.logprobs
         self.num_prompt_tokens = len(prompt_token_ids)
         self.output_token_ids: list[int] = []
         self.processors = _processors(params, prompt_token_ids, vocab_size, eos_token_ids, tokenizer)
         if grammar is not None:
             self.processors.append(grammar)
+        self._follow(params)
+
+    def _follow(self, params: SamplingParams) -> None:
+        self.params = params
+        # Several samples are ranked by log-probability, asked for or not (beam search has its own).
+        ranked = params.num_sequences > 1 and not params.use_beam_search
+        self.num_logprobs = 0 if ranked and params.logprobs is None else params.logprobs
+        self._takes_likeliest = self.num_logprobs is None and params.greedy
+
+    @property
+    def memoryless(self) -> bool:
+        """Whether the next token depends on its logits alone, and is all that is asked for."""
+        return self._takes_likeliest and not self.processors
 
     @property
     def position(self) -> int:
         """Index in the sequence (prompt included) of the token that is sampled next."""
         return self.num_prompt_tokens + len(self.output_token_ids)
-
-    @property
-    def memoryless(self) -> bool:
-        """Whether the next token depends on its logits alone, and is all that is asked for."""
-        return not self.processors and self.params.logprobs is None and self.params.greedy
 
     @property
     def rejects(self) -> bool:
@@ -94,10 +109,13 @@ class SamplingState:
             for processor in self.processors:
                 processor.undo(token_id)
 
-    def fork(self, seed: int) -> SamplingState:
-        """A copy with the same past, its own future and its own random numbers."""
+    def fork(self, seed: int, params: SamplingParams | None = None) -> SamplingState:
+        """A copy with the same past, its own future and its own random numbers; ``params`` may ask for other
+        log-probabilities."""
         twin = copy.copy(self)
         twin.seed = seed
+        if params is not None:
+            twin._follow(params)
         twin.output_token_ids = self.output_token_ids.copy()
         twin.processors = [processor.fork() for processor in self.processors]
         return twin

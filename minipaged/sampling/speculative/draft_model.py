@@ -51,8 +51,7 @@ class _Draft:
         hits = prefix_cache.match(self.mirror)
         self.mirror.block_table.share_prefix(hits)
         self.mirror.num_computed_tokens = len(hits) * block_size
-        self.sampling = wish.sampling.fork(wish.sampling.seed)
-        self.sampling.params = params
+        self.sampling = wish.sampling.fork(wish.sampling.seed, params)
         self.guesses: list[int] = []
         self.num_wanted = 0
 
