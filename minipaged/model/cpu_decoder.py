@@ -68,7 +68,7 @@ class CpuDecoder:
         self._linear_table["row_bytes"] = self._linear_table["row_bytes"].max()
         queries_per_tile = attention.queries_per_tile(config.num_heads // config.num_kv_heads)
         row_length = padded_rows(config.vocab_size)
-        self._arrays = StepArrays(self._model, max_num_tokens, queries_per_tile, row_length)
+        self._arrays = StepArrays(self._model, max_num_tokens, queries_per_tile, row_length, num_threads)
         self._counters = aligned_zeros((config.num_layers * num_threads * LINE,), np.dtype(np.uint8))
         self._fill_addresses()
         step = step_function()

@@ -7,6 +7,7 @@ little is touched, and in how few different ways.
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import numpy as np
 
@@ -23,10 +24,13 @@ class StepArrays:
         max_num_tokens: tokens of a step, at most.
         queries_per_tile: queries that attention takes together.
         row_length: of a row of logits, in float32.
+        num_threads: among which rows are shared out.
     """
 
-    def __init__(self, model: np.ndarray, max_num_tokens: int, queries_per_tile: int, row_length: int):
-        self._queries_per_tile = queries_per_tile
+    def __init__(
+        self, model: np.ndarray, max_num_tokens: int, queries_per_tile: int, row_length: int, num_threads: int
+    ):
+        self._queries_per_tile, self._num_threads = queries_per_tile, num_threads
         self._input_ids, self._positions, self._logits_indices = np.zeros((3, max_num_tokens), np.int32)
         self._slot_mapping = np.zeros(max_num_tokens, np.int64)
         self._tiles = np.zeros((max_num_tokens, 4), np.int32)
@@ -93,11 +97,14 @@ class StepArrays:
         return len(tiles)
 
     def _fill_decode_tiles(self, positions: np.ndarray) -> int:
-        """Sequences that decode together keep their order: they grow alike."""
+        """As :meth:`_fill_tiles`, in the order of rows but for those of one thread, which has their queries in its
+        caches. Sequences that decode together keep their order: they grow alike."""
         count = len(positions)
         tiles = self._tiles[:count]
         if self._num_decoded != count:
-            order = np.argsort(-positions, kind="stable")
+            cuts = [count * thread // self._num_threads for thread in range(self._num_threads + 1)]
+            shares = [first + np.argsort(-positions[first:last], kind="stable") for first, last in pairwise(cuts)]
+            order = np.concatenate(shares)
             tiles[:, 0] = tiles[:, 1] = order
             tiles[:, 2] = 1
             self._num_decoded = count

@@ -17,9 +17,9 @@ WIDTH = 48
 class Reader:
     """Reads what a MODEL record points to, as the compiled step does."""
 
-    def __init__(self, max_num_tokens: int = 64, queries_per_tile: int = 3):
+    def __init__(self, max_num_tokens: int = 64, queries_per_tile: int = 3, num_threads: int = 1):
         self.model = np.zeros(1, MODEL)
-        self.arrays = StepArrays(self.model, max_num_tokens, queries_per_tile, WIDTH)
+        self.arrays = StepArrays(self.model, max_num_tokens, queries_per_tile, WIDTH, num_threads)
 
     def number(self, name: str) -> int:
         return int(self.model[name][0])
@@ -77,6 +77,17 @@ def test_longest_contexts_come_first():
         reader.arrays.fill(random_batch(rng, lengths))
         positions = reader.read("tiles", (reader.number("num_tiles"), 4), np.int32)[:, 3]
         assert (np.diff(positions) <= 0).all()
+
+
+def test_a_thread_begins_with_the_longest_of_the_sequences_whose_rows_it_has():
+    rng, reader = np.random.default_rng(4), Reader(num_threads=3)
+    for count in (1, 2, 7, 8):
+        reader.arrays.fill(random_batch(rng, [1] * count))
+        sequence, _, _, positions = reader.read("tiles", (count, 4), np.int32).T
+        for thread in range(3):
+            share = slice(count * thread // 3, count * (thread + 1) // 3)
+            assert sorted(sequence[share]) == list(range(share.start, share.stop))
+            assert (np.diff(positions[share]) <= 0).all()
 
 
 def test_logits_that_somebody_holds_are_not_written_again():
