@@ -7,7 +7,8 @@ holds a hash of all sources of this package, and the key is a name that the call
     $MINIPAGED_HOME/compiled/<hash of sources, versions, CPU, level>/product-int8.....nbc
 
 A directory that cannot be written (or a full disk) costs the compile time of each start, never an
-error: one line in the log says so.
+error: one line in the log says so. So does a package whose files change while a process uses it: what the
+process compiles is of the files that it imported, and must not be found under the hash of others.
 """
 
 from __future__ import annotations
@@ -31,12 +32,21 @@ from . import features
 logger = logging.getLogger("minipaged")
 
 
-@cache
-def sources_hash() -> str:
-    """sha256 over the sources of this package, the versions of Numba and LLVM, the CPU and the level."""
+def _sources() -> str:
+    """sha256 over the sources of this package, as they are now."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+_imported_sources = _sources()
+
+
+@cache
+def sources_hash() -> str:
+    """sha256 over the sources that were imported, the versions of Numba and LLVM, the CPU and the level."""
+    digest = hashlib.sha256(_imported_sources.encode())
     cpu = numba.config.CPU_NAME or llvm.get_host_cpu_name()
     for part in (numba.__version__, llvmlite.__version__, cpu, features.current().level):
         digest.update(f"\0{part}".encode())
@@ -100,22 +110,24 @@ class _NamedCache(caching.FunctionCache):
         try:
             self.flush()
         except OSError as error:
-            _report(f"cannot be written ({error})")
+            _report_no_space(error)
 
     def save_overload(self, signature, data):
         try:
             super().save_overload(signature, data)
         except OSError as error:
-            _report(f"cannot be written ({error})")
+            _report_no_space(error)
 
 
 @cache
 def _report(problem: str) -> None:
-    logger.warning(
-        "The cache of compiled kernels %s %s; they are compiled anew at each start. "
-        "Set MINIPAGED_HOME to a writable directory with space to avoid this.",
-        cache_directory(),
-        problem,
+    logger.warning("The cache of compiled kernels %s %s.", cache_directory(), problem)
+
+
+def _report_no_space(error: OSError) -> None:
+    _report(
+        f"cannot be written ({error}); they are compiled anew at each start. "
+        "Set MINIPAGED_HOME to a writable directory with space to avoid this"
     )
 
 
@@ -125,10 +137,13 @@ def keep(function: Dispatcher | numba.core.ccallback.CFunc, name: str) -> None:
     ``function`` is what ``numba.njit`` returned (before its first compilation), or an uncompiled
     ``CFunc``. ``name`` must say everything that its closure makes different from other functions.
     """
+    if _sources() != _imported_sources:
+        _report("is not used: the package was changed after this process had imported it; start it again")
+        return
     try:
         function._cache = _NamedCache(function.py_func if isinstance(function, Dispatcher) else function._pyfunc, name)
     except OSError as error:
-        _report(f"cannot be written ({error})")
+        _report_no_space(error)
 
 
 def c_function(signature: str, name: str) -> Callable[[Callable], int]:

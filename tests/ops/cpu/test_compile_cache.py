@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import minipaged
 
 PROGRAM = """
 import logging, sys, time
@@ -35,6 +39,24 @@ def run(home, program=PROGRAM, **environment):
 def test_a_second_start_compiles_nothing_and_closures_stay_apart(tmp_path):
     assert run(tmp_path).stdout == "14 21 0\n"
     assert run(tmp_path).stdout == "14 21 2\n"
+
+
+def test_what_was_imported_is_not_kept_for_sources_that_came_later(tmp_path):
+    """An upgrade under a running process: its kernels are those of the files that it began with."""
+    package = tmp_path / "package"
+    no_bytecode = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(minipaged.__file__).parent, package / "minipaged", ignore=no_bytecode)
+    upgrade = """
+import minipaged.ops.cpu.compile_cache, pathlib
+path = pathlib.Path(minipaged.ops.cpu.__file__)
+path.write_text(path.read_text() + "# another version")
+"""
+    home, place = tmp_path / "home", {"PYTHONPATH": str(package)}
+    result = run(home, upgrade + PROGRAM, **place)
+    assert result.stdout == "14 21 0\n" and result.stderr.count("start it again") == 1, result.stderr
+    assert not (home / "compiled").exists()
+    assert run(home, PROGRAM, **place).stdout == "14 21 0\n", "nothing was kept"
+    assert run(home, PROGRAM, **place).stdout == "14 21 2\n"
 
 
 def test_another_level_has_a_place_of_its_own(tmp_path):
