@@ -44,7 +44,7 @@ class Runner:
         self.decoder, self.kv_cache, self.weight_bytes, self.embedding_bytes = parts
         self.block_size = block_size
         self._memory = BatchMemory(-(-max_model_len // block_size), max_num_tokens)
-        passes = self.decoder.passes_over_logits if backend.name == "cpu" else {}
+        passes = self.decoder.passes_over_logits() if backend.name == "cpu" else {}
         self.sampler = Sampler(model.config.vocab_size, **passes)
         self.device_sampler = DeviceSampler(self.sampler) if backend.name == "cuda" else None
         # The operating system provides the memory page by page as blocks are first swapped out.

@@ -6,6 +6,8 @@ What the step computes is :class:`~minipaged.model.decoder.Decoder`'s forward pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from minipaged.model.config import ModelConfig
@@ -13,6 +15,7 @@ from minipaged.model.rope import rope_tables
 from minipaged.model.weights import Linear, ModelWeights, Norm
 from minipaged.ops.cpu import attention, embedding, masks, packing
 from minipaged.ops.cpu.arrays import StepArrays
+from minipaged.ops.cpu.draws import RowDrawer
 from minipaged.ops.cpu.elementwise import ACTIVATIONS
 from minipaged.ops.cpu.kv import CpuKVCache, KVLayout
 from minipaged.ops.cpu.kv_writes import write_phase
@@ -89,12 +92,14 @@ class CpuDecoder:
         self.examined = self._arrays.findings(len(result))
         return result[:, : self.config.vocab_size]
 
-    passes_over_logits = {  #: faster ways for the sampler
-        "mask_row": masks.mask_row,
-        "few_allowed": masks.few_allowed,
-        "weigh_masked": masks.weigh_masked,
-        "likeliest_allowed": masks.likeliest_allowed,
-    }
+    def passes_over_logits(self) -> dict[str, Callable]:
+        """Faster ways for one sampler."""
+        return {
+            "mask_row": masks.mask_row,
+            "few_allowed": masks.few_allowed,
+            "likeliest_allowed": masks.likeliest_allowed,
+            "draw_row": RowDrawer(self.config.vocab_size),
+        }
 
     def close(self) -> None:
         """End the threads. Closing twice is harmless."""
@@ -225,9 +230,7 @@ class CpuDecoder:
             aligned_zeros((slots, max(linear[2] for linear in self._linears)), np.dtype(np.uint8))
         )
         group = config.num_heads // config.num_kv_heads
-        scratch = packing.round_up(
-            attention.scratch_bytes(group, layout.padded_dim) + 4 * config.num_experts, 4096
-        )
+        scratch = packing.round_up(attention.scratch_bytes(group, layout.padded_dim) + 4 * config.num_experts, 4096)
         model["scratch_bytes"] = scratch
         model["scratch"] = self._address(aligned_zeros((num_threads, scratch), np.dtype(np.uint8)))
         model["barrier"] = self.team.barrier

@@ -11,8 +11,6 @@ than a step between float32 logits, so another machine, or a GPU, draws the same
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from minipaged.ops.sampling import few
@@ -40,9 +38,7 @@ def weigh_masked(row: np.ndarray, largest: float, temperature: float) -> np.ndar
     return weights
 
 
-def candidates(
-    row: np.ndarray, largest: float, params, masked: bool = False, weigh_masked: Callable = weigh_masked
-) -> tuple[np.ndarray | None, np.ndarray]:
+def candidates(row: np.ndarray, largest: float, params, masked: bool = False) -> tuple[np.ndarray | None, np.ndarray]:
     """The tokens that may be drawn and their weights.
 
     Args:
@@ -50,7 +46,6 @@ def candidates(
         largest: the largest of them, finite.
         params: ``SamplingParams`` with ``temperature > 0``.
         masked: whether some logits may be ``-inf``.
-        weigh_masked: does what :func:`weigh_masked` does; a backend may have a faster way.
 
     Returns:
         ``(token_ids, weights)``: ids ascending, int64 ``[n]``, or ``None`` for the whole vocabulary;

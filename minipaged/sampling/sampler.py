@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minipaged.config import SamplingParams
 from minipaged.sampling.draw import draw
-from minipaged.sampling.filters import candidates, weigh_masked
+from minipaged.sampling.filters import candidates
 from minipaged.sampling.logprobs import token_logprobs
 from minipaged.sampling.margins import gap, margin
 from minipaged.sampling.masks import few_allowed, likeliest_allowed, mask_row
@@ -69,12 +70,25 @@ def examine(logits: np.ndarray) -> tuple[list[int], list[bool]]:
     return logits.argmax(axis=1).tolist(), damaged.tolist()
 
 
+def draw_row(row: np.ndarray, largest: float, params: SamplingParams, number: float, masked: bool) -> int:
+    """The index of the token that is drawn from a row of processed logits.
+
+    Args:
+        row, largest, params, masked: as those of :func:`~minipaged.sampling.filters.candidates`.
+        number: random, from [0, 1).
+    """
+    kept, weights = candidates(row, largest, params, masked)
+    index = draw(weights, number)
+    return index if kept is None else int(kept[index])
+
+
 class Sampler:
     """Samples for a vocabulary of ``vocab_size`` tokens; keeps nothing from one call to the next.
 
     Args:
-        mask_row, few_allowed, likeliest_allowed, weigh_masked: do what the functions of these names do, which are
-            their defaults; a backend may have a faster way.
+        mask_row, few_allowed, likeliest_allowed: do what the functions of these names do, which are their defaults;
+            a backend may have a faster way.
+        draw_row: does what :func:`draw_row` does, sooner, where it can; else returns -1.
     """
 
     def __init__(
@@ -83,11 +97,11 @@ class Sampler:
         mask_row: Callable = mask_row,
         few_allowed: Callable = few_allowed,
         likeliest_allowed: Callable = likeliest_allowed,
-        weigh_masked: Callable = weigh_masked,
+        draw_row: Callable | None = None,
     ):
         self.vocab_size = vocab_size
         self._mask_row, self._few_allowed, self._likeliest_allowed = mask_row, few_allowed, likeliest_allowed
-        self._weigh_masked = weigh_masked
+        self._draw_row = draw_row
         self._row = np.empty(vocab_size, dtype=np.float32)  # fresh memory costs more than the copy into it
 
     def sample(
@@ -151,7 +165,7 @@ class Sampler:
         if row.rejects and with_margins:
             margins.append(gap(raw))  # whether to try hangs on the likeliest
         if row.rejects and row.plain:
-            token_id, numbers = _first_allowed(raw, row, number)
+            token_id, numbers = self._first_allowed(raw, row, number)
             edited, number = token_id is None, numbers[-1]
             if with_margins:
                 margins += [margin(raw, params, number) for number in numbers[:TRIES]]
@@ -165,10 +179,7 @@ class Sampler:
                 return SampledToken(-1, error=why_not_finite(largest))
             token_id = likeliest
             if not params.greedy and len(values) > 1:
-                masked = edited and ids is None
-                kept, weights = candidates(values, largest, params, masked, self._weigh_masked)
-                index = draw(weights, number)
-                token_id = index if kept is None else int(kept[index])
+                token_id = self._draw(values, largest, params, number, masked=edited and ids is None)
             if ids is not None:
                 token_id = int(ids[token_id])
             if with_margins:
@@ -180,6 +191,25 @@ class Sampler:
         if with_margins:
             sampled.margin = min(margins)
         return sampled
+
+    def _draw(self, row: np.ndarray, largest: float, params: SamplingParams, number: float, masked: bool) -> int:
+        """The index of the token that the random ``number`` draws from ``row``; ``masked``: it may hold ``-inf``."""
+        if self._draw_row is not None:
+            index = self._draw_row(row, largest, params, number)
+            if index >= 0:
+                return index
+        return draw_row(row, largest, params, number, masked)
+
+    def _first_allowed(self, raw: np.ndarray, row: _Row, number: float) -> tuple[int | None, list[float]]:
+        """The first of ``TRIES`` tokens drawn from all that may follow, if one does; and the random numbers that were
+        used, ``number`` the first, and the next that is to be used, if none does."""
+        state, numbers, largest = row.state, [number], float(raw[row.likeliest])
+        while len(numbers) <= TRIES:
+            token_id = self._draw(raw, largest, state.params, numbers[-1], masked=False)
+            if state.allows(token_id):
+                return token_id, numbers
+            numbers += uniform([state.seed], [place(state.position, len(numbers))]).tolist()
+        return None, numbers
 
     def _processed(
         self, raw: np.ndarray, state: SamplingState, whole: bool
@@ -220,19 +250,6 @@ def _uniforms(rows: list[_Row]) -> list[float]:
         return [0.0] * len(rows)
     places = [place(row.state.position, TRIES if row.rejects and not row.plain else 0) for row in rows]
     return uniform([row.state.seed for row in rows], places).tolist()
-
-
-def _first_allowed(raw: np.ndarray, row: _Row, number: float) -> tuple[int | None, list[float]]:
-    """The first of ``TRIES`` tokens drawn from all that may follow, if one does; and the random numbers that were
-    used, ``number`` the first, and the next that is to be used, if none does."""
-    state, numbers = row.state, [number]
-    _, weights = candidates(raw, float(raw[row.likeliest]), state.params)
-    while len(numbers) <= TRIES:
-        token_id = draw(weights, numbers[-1])
-        if state.allows(token_id):
-            return token_id, numbers
-        numbers += uniform([state.seed], [place(state.position, len(numbers))]).tolist()
-    return None, numbers
 
 
 def why_not_finite(largest: float) -> str:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from minipaged.config import SamplingParams
 from minipaged.model.loader import load_model
 from minipaged.ops.cpu import masks as cpu_masks
+from minipaged.ops.cpu.draws import RowDrawer
 from minipaged.ops.sampling import few
 from minipaged.sampling import grammar, masks
 from minipaged.sampling.draw import draw
@@ -45,7 +46,7 @@ def plain_candidates(row, largest, params):
     return ids, np.exp(weights)
 
 
-CPU = {name: getattr(cpu_masks, name) for name in ("mask_row", "few_allowed", "weigh_masked")}
+CPU = {name: getattr(cpu_masks, name) for name in ("mask_row", "few_allowed")} | {"draw_row": RowDrawer(5000)}
 
 
 def drawn(sampler, logits, allowed, params, seeds, plain):

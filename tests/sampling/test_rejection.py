@@ -10,6 +10,7 @@ import pytest
 from minipaged.config import SamplingParams
 from minipaged.model.loader import load_model
 from minipaged.ops.cpu import masks as cpu_masks
+from minipaged.ops.cpu.draws import RowDrawer
 from minipaged.ops.sampling import few
 from minipaged.sampling import grammar
 from minipaged.sampling.draw import draw
@@ -22,7 +23,8 @@ from minipaged.sampling.state import SamplingState
 from tests.sampling.test_draw import chi_square_limit
 from tests.support.schemas import schemas
 
-CPU = {name: getattr(cpu_masks, name) for name in ("mask_row", "few_allowed", "likeliest_allowed", "weigh_masked")}
+CPU = {name: getattr(cpu_masks, name) for name in ("mask_row", "few_allowed", "likeliest_allowed")}
+CPU["draw_row"] = RowDrawer(5000)
 
 
 class Judge(LogitsProcessor):

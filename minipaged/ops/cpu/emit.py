@@ -36,7 +36,7 @@ from . import features
 from .features import InstructionSet
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
 def vector(element: ir.Type, count: int) -> ir.VectorType:
@@ -140,7 +140,7 @@ class Emitter:
             value = combine(low, high)
         return self.builder.extract_element(value, ir.Constant(I32, 0))
 
-    # ---- float32 arithmetic
+    # ---- float arithmetic
 
     def fadd(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """``a + b``"""
@@ -237,9 +237,11 @@ class Emitter:
         return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), list(arguments))
 
     def call_vector(self, name: str, *arguments: ir.Value) -> ir.Value:
-        """Call an intrinsic whose arguments and result all have one float32 type (vector or scalar)."""
+        """Call an intrinsic whose arguments and result all have one type: float32 or float64, vector or scalar."""
         type_ = arguments[0].type
-        suffix = f"v{type_.count}f32" if isinstance(type_, ir.VectorType) else "f32"
+        is_vector = isinstance(type_, ir.VectorType)
+        suffix = "f64" if (type_.element if is_vector else type_) == F64 else "f32"
+        suffix = f"v{type_.count}{suffix}" if is_vector else suffix
         return self.call(f"{name}.{suffix}", type_, arguments)
 
     def loop(

@@ -29,7 +29,6 @@ _at = _FFI.from_buffer
 all of it is cold."""
 _LANES = 16
 _USUAL = 512  # room for the tokens of most masks
-_F64 = ir.DoubleType()
 _BIT, _I8, _I16 = ir.IntType(1), ir.IntType(8), ir.IntType(16)
 
 
@@ -70,87 +69,6 @@ def _mask(e: Emitter, row, bits, count, out, index_at):
     rest = b.and_(count, e.const(_LANES - 1))
     _, index = (b.extract_element(part, zero) for part in e.loop(rest, state, step))
     e.store(index, index_at)
-
-
-def _over_unmasked(e: Emitter, row, count, step):
-    """``step(first, values, masked)`` for 16 float32 at a time, then one at a time."""
-
-    def part(width: int, first):
-        values = vector(F32, width)
-
-        def body(i, state):
-            at = e.add(first, e.mul(i, width))
-            found = e.load(e.add(row, e.mul(at, 4)), values)
-            step(at, found, e.builder.fcmp_ordered("==", found, e.constant(values, float("-inf"))))
-            return state
-
-        return body
-
-    whole = e.div(count, _LANES)
-    e.loop(whole, [], part(_LANES, e.const(0)))
-    e.loop(e.builder.and_(count, e.const(_LANES - 1)), [], part(1, e.mul(whole, _LANES)))
-
-
-@kernel(5)
-def _exponents(e: Emitter, row, count, largest_at, temperature_at, out):
-    """``(logit - largest) / temperature`` in float64, and 0 for minus infinity."""
-    b = e.builder
-    largest, temperature = e.load(largest_at, _F64), e.load(temperature_at, _F64)
-
-    def step(at, found, masked):
-        width = found.type.count
-        wide = vector(_F64, width)
-        exponent = b.fsub(b.fpext(found, wide), e.broadcast(largest, width))
-        exponent = b.fdiv(exponent, e.broadcast(temperature, width))
-        e.store(b.select(masked, e.constant(wide, 0.0), exponent), e.add(out, e.mul(at, 8)))
-
-    _over_unmasked(e, row, count, step)
-
-
-@kernel(3)
-def _clear(e: Emitter, row, count, weights):
-    """Make the float64 weights of minus infinity 0."""
-
-    def step(at, found, masked):
-        wide = vector(_F64, found.type.count)
-        address = e.add(weights, e.mul(at, 8))
-        e.store(e.builder.select(masked, e.constant(wide, 0.0), e.load(address, wide)), address)
-
-    _over_unmasked(e, row, count, step)
-
-
-@cache
-def exponents_function() -> CFunc:
-    """Compile ``exponents(row, count, largest, temperature, out)``: addresses and a count."""
-
-    @c_function("void(int64, int64, int64, int64, int64)", "exponents")
-    def exponents(row, count, largest_at, temperature_at, out):
-        _exponents(row, count, largest_at, temperature_at, out)
-
-    return exponents
-
-
-@cache
-def clear_function() -> CFunc:
-    """Compile ``clear(row, count, weights)``: addresses and a count."""
-
-    @c_function("void(int64, int64, int64)", "clear-weights")
-    def clear(row, count, weights):
-        _clear(row, count, weights)
-
-    return clear
-
-
-def weigh_masked(row: np.ndarray, largest: float, temperature: float) -> np.ndarray:
-    """As :func:`minipaged.sampling.filters.weigh_masked`, bit for bit; values of ``row`` must be neighbours."""
-    weights, scalars = np.empty(len(row)), np.array([largest, temperature])
-    at = _at(scalars)
-    _call(exponents_function, "void(*)(void *, int64_t, void *, void *, void *)")(
-        _at(row), len(row), at, at + 8, _at(weights)
-    )
-    np.exp(weights, out=weights)  # its own: another exp would round differently
-    _call(clear_function, "void(*)(void *, int64_t, void *)")(_at(row), len(row), _at(weights))
-    return weights
 
 
 @cache

@@ -9,15 +9,10 @@ from collections.abc import Callable, Iterable
 
 from .attention import attention_phase
 from .compile_cache import cache_directory
+from .draws import passes_function
 from .kv import ITEM_BYTES
 from .kv_writes import write_phase
-from .masks import (
-    clear_function,
-    exponents_function,
-    few_function,
-    likeliest_allowed_function,
-    mask_function,
-)
+from .masks import few_function, likeliest_allowed_function, mask_function
 from .moe import experts_phase
 from .products import FORMATS, product_kernel
 from .step import step_function
@@ -41,7 +36,7 @@ def warm_up(
     functions: dict[str, Callable[[], object]] = {"step": step_function}
     functions |= {"mask-row": mask_function, "few-allowed": few_function}
     functions |= {"likeliest-allowed": likeliest_allowed_function}
-    functions |= {"exponents": exponents_function, "clear-weights": clear_function}
+    functions |= {"draw-passes": passes_function}
     functions |= {f"product-{format}": lambda format=format: product_kernel(format) for format in weight_formats}
     for dtype in kv_formats:
         functions[f"write-{dtype}"] = lambda dtype=dtype: write_phase(dtype)
