@@ -105,7 +105,6 @@ class LengthController:
         lengths = [0] * len(candidates)
         if not candidates or self.step_cost.num_observed < PLAIN_STEPS or self._num_speculative >= PLAIN_EVERY:
             return lengths
-        self._pause = 1
         if self.purse > 0:
             lengths = self._best_lengths(candidates, num_sequences)
         if any(lengths):
@@ -179,6 +178,8 @@ class LengthController:
 
     def observe_guesses(self, request: Request, num_guessed: int, num_right: int) -> None:
         """A step verified ``num_guessed`` tokens of ``request``, and kept the first ``num_right``."""
+        if num_right:
+            self._pause = 1
         self._acceptance(request).observe(num_guessed, num_right)
         self._overall.observe(num_guessed, num_right)
         self._just_guessed.add(request)

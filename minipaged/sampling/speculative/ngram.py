@@ -31,8 +31,10 @@ class NgramIndex:
     def update(self, token_ids: list[int]) -> None:
         """Take in the tokens that came since; ``token_ids`` is the whole sequence."""
         for n, followers in zip(self._lengths, self._followers, strict=True):
-            for position in range(max(self._num_indexed, n), len(token_ids)):
-                followers[tuple(token_ids[position - n : position])] = position
+            first = max(self._num_indexed, n)  # the first position whose n-gram is new
+            tokens = token_ids[first - n :]
+            ngrams = zip(*(tokens[i:] for i in range(n)), strict=False)
+            followers.update(zip(ngrams, range(first, len(token_ids)), strict=False))  # no loop in Python: it is hot
         self._num_indexed = len(token_ids)
 
     def continuation(self, token_ids: list[int], num_tokens: int) -> list[int]:
