@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from math import log
+from math import exp, log
 
 import cffi
 import numpy as np
@@ -35,7 +35,9 @@ _SUM_ERROR = 2.0**-51
 """For each number that is summed: twice the 2**-53 of a sum, in either of two orders."""
 _MARGIN = 0.01
 """Thresholds are put lower by this much (of the temperature), so that rounding cannot hide what reaches them."""
-_FIRST_OCTAVES = 6.0
+_FIRST_OCTAVES, _MORE_OCTAVES = 5.0, 4.0
+"""How far below the likeliest, in powers of two, the threshold for a nucleus begins (lower by those that 1 - top_p is
+below 1), and how much lower every next one is."""
 _BUCKETS = 256
 _SORTED = 2048  # weights that are sorted rather than put into buckets
 _LEAST_FLOAT = float(np.finfo(np.float32).min)
@@ -156,7 +158,7 @@ class RowDrawer:
         chunks = count // CHUNK
         if 0 < top_k <= 16 * chunks:  # the k-th largest of groups' maxima is one that k logits reach, and few more
             _passes()(_GROUP_MAXIMA, row_at, chunks, self._at["logits"], 0, 0, 0)
-            floor = max(floor, _kth_largest(self._logits[: 16 * chunks], top_k))
+            floor = max(floor, _floor_of_kth_largest(self._logits[: 16 * chunks], top_k))
         found = self._list(row_at, count, floor)
         if 0 < top_k < found:
             kth = _kth_largest(self._logits[:found], top_k)
@@ -173,33 +175,36 @@ class RowDrawer:
             self._ids[:found], listed[:found] = self._ids[kept], listed[kept]
         if params.top_p < 1:
             total = float(listed[:found].sum())
-            least = self._nucleus(found, params.top_p * total, error * total, 0.0, error)
+            least = self._nucleus(found, params.top_p * total, error * total, error)
         return found, least
 
     def _list_nucleus(self, row_at: int, count: int, params: SamplingParams, error: float) -> tuple[int, float]:
         """List entries that hold the nucleus of all; returns how many, and the weight of the least of the nucleus."""
         total = float(self._chunk_sums(row_at, count).sum())
-        goal, slack = params.top_p * total, error * total
+        goal, slack, largest = params.top_p * total, error * total, float(self._settings[0])
         # All entries below their even share of what the nucleus may leave out weigh less than that.
         last = 1 + log(count / ((1 - params.top_p) * total), 2)
-        octaves = _FIRST_OCTAVES
+        octaves = _FIRST_OCTAVES - log(1 - params.top_p, 2)
         while True:
             octaves = min(octaves, last)
-            floor = self._settings[0] - params.temperature * (octaves * log(2) + _MARGIN)
+            floor = largest - params.temperature * (octaves * log(2) + _MARGIN)
             found = self._list(row_at, count, floor)
             self._weigh(self._at["logits"], found)
+            lowest = exp((float(self._threshold[0]) - largest) / params.temperature) * (1 - _MARGIN)
             if self._total[0] > goal + slack:
                 try:
-                    return found, self._nucleus(found, goal, slack, 2**-octaves, error)
+                    return found, self._nucleus(found, goal, slack, error, 2**-octaves, lowest)
                 except _Near:
                     pass
             _clear(octaves < last)
-            octaves *= 2
+            octaves += _MORE_OCTAVES
 
-    def _nucleus(self, found: int, goal: float, slack: float, least: float, error: float) -> float:
-        """The least weight of the nucleus of a weighed list, which lacks nothing that weighs more than ``least``; of
-        equal ones, those that are not in it are given the weight 0."""
-        band, above, low, high = self._edge_band(found, goal)
+    def _nucleus(
+        self, found: int, goal: float, slack: float, error: float, least: float = 0.0, lowest: float = 0.0
+    ) -> float:
+        """The least weight of the nucleus of a weighed list, which lacks nothing that weighs more than ``least``, and
+        holds nothing that weighs less than ``lowest``; of equal ones, those that are not in it get the weight 0."""
+        band, above, low, high = self._edge_band(found, goal, lowest)
         order = np.sort(band)
         cdf = above + order[::-1].cumsum()
         at = int(cdf.searchsorted(goal))
@@ -216,12 +221,16 @@ class RowDrawer:
             self._weights[ties[len(ties) - unwanted :]] = 0
         return edge
 
-    def _edge_band(self, found: int, goal: float) -> tuple[np.ndarray, float, float, float]:
-        """Of a weighed list, the weights from ``low`` up to ``high``, among which the sum of the heaviest reaches
-        ``goal``; returns them, the sum of those above, ``low`` and ``high``."""
+    def _edge_band(self, found: int, goal: float, lowest: float) -> tuple[np.ndarray, float, float, float]:
+        """Of a weighed list, none of which weighs less than ``lowest``, the weights from ``low`` up to ``high``, among
+        which the sum of the heaviest reaches ``goal``; returns them, the sum of those above, ``low`` and ``high``."""
         band, at, above, low, high = self._weights[:found], self._at["weights"], 0.0, 0.0, np.inf
         while len(band) > _SORTED:
-            bits = band.view(np.int64)  # weights are ordered like their bits
+            # Weights are ordered like their bits. That all lie between two numbers is sooner said than found.
+            if lowest > 0 and at == self._at["weights"]:
+                bits = np.array([lowest, 1.0]).view(np.int64)
+            else:
+                bits = band.view(np.int64)
             least = int(bits.min())
             differ = int(bits.max()) - least
             if not differ:
@@ -254,6 +263,14 @@ class RowDrawer:
         at = self._at
         _passes()(_LIST_REACHING, row_at, count, at["threshold"], at["ids"], at["logits"], at["found"])
         return int(self._found[0])
+
+
+def _floor_of_kth_largest(values: np.ndarray, k: int) -> float:
+    """What at least k of ``values`` reach."""
+    folds = len(values) // (16 * k)  # more groups than that make the floor little higher
+    if folds > 1:
+        values = values[: len(values) // folds * folds].reshape(folds, -1).max(axis=0)
+    return _kth_largest(values, k)
 
 
 def _kth_largest(values: np.ndarray, k: int) -> float:

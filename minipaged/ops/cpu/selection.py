@@ -35,7 +35,7 @@ def list_reaching(e: Emitter, logits, count, threshold_at, ids, listed, found_at
         e.store(e.load(e.add(logits, e.mul(at, 4)), F32), e.add(listed, e.mul(found, 4)))
 
     def word(i, state):
-        first = e.mul(i, _WORD)
+        first, found = e.mul(i, _WORD), state[0]
         values = e.load(e.add(logits, e.mul(first, 4)), vector(F32, _WORD))
         bits = e.bitcast(b.fcmp_ordered(">=", values, e.broadcast(threshold, _WORD)), I64)
 
@@ -44,7 +44,14 @@ def list_reaching(e: Emitter, logits, count, threshold_at, ids, listed, found_at
             take(e.add(first, b.cttz(bits, no)), found)
             return [b.and_(bits, e.add(bits, -1)), e.add(found, 1)]
 
-        return [e.loop(b.ctpop(bits), [bits, state[0]], lowest)[1]]
+        with b.if_else(b.icmp_signed("==", bits, e.const(-1))) as (all_reach, some_reach):
+            with all_reach:
+                numbers = ir.Constant(vector(I32, _WORD), list(range(_WORD)))
+                e.store(b.add(numbers, e.broadcast(b.trunc(first, I32), _WORD)), e.add(ids, e.mul(found, 4)))
+                e.store(values, e.add(listed, e.mul(found, 4)))
+            with some_reach:
+                e.loop(b.ctpop(bits), [bits, found], lowest)
+        return [e.add(found, b.ctpop(bits))]
 
     def single(i, state):
         at = e.add(first, i)
