@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from minipaged import sizing
@@ -136,14 +138,23 @@ def check_options(backend: Backend, config: EngineConfig) -> None:
             )
 
 
-def start_ahead(backend: Backend) -> None:
-    """Let a thread import what the cpu backend needs, while the caller reads a model.
+@contextmanager
+def importing_ahead(backend: Backend) -> Iterator[None]:
+    """Let a thread import what the cpu backend needs, while the body reads a model.
 
     Numba fills its tables for the better part of a second; a tokenizer is parsed meanwhile, by a library
-    that lets other threads run. An error is left to whoever imports the same next.
+    that lets other threads run. An error is left to whoever imports the same next. The thread has ended afterwards,
+    also where the body raises: a process that ends while LLVM is being set up may crash.
     """
-    if backend.name == "cpu":
-        threading.Thread(target=_import_cpu, name="minipaged-start", daemon=True).start()
+    if backend.name != "cpu":
+        yield
+        return
+    thread = threading.Thread(target=_import_cpu, name="minipaged-start", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
 
 
 def _import_cpu() -> None:

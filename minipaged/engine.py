@@ -51,8 +51,9 @@ class Engine(Observed):
         self.config = config
         self.backend = backends.choose(config.device)
         backends.check_options(self.backend, config)
-        backends.start_ahead(self.backend)
-        self.model: LoadedModel = load_model(config.model, weight_format=backends.packed_format(self.backend, config))
+        with backends.importing_ahead(self.backend):
+            weight_format = backends.packed_format(self.backend, config)
+            self.model: LoadedModel = load_model(config.model, weight_format=weight_format)
         self.max_model_len = resolve_max_model_len(config, self.model.config)
         self.formats = backends.choose_formats(self.backend, config, self.model.packed_as)
         block_bytes = backends.kv_block_bytes(self.formats, self.backend, self.model.config, config.block_size)

@@ -1,5 +1,8 @@
 """Bad input is refused with numbers, harms no other request, and loses no block."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -196,3 +199,17 @@ def test_a_stream_has_one_output_for_each_token(engine):
     while engine.has_unfinished():
         outputs += engine.step()
     assert [len(o.outputs[0].token_ids) for o in outputs if o.request_id == request_id] == list(range(1, 9))
+
+
+def test_an_engine_that_cannot_be_made_leaves_no_thread_behind():
+    """A process that ends while another thread still sets up LLVM may crash."""
+    program = """
+import threading
+from minipaged import LLM
+try:
+    LLM("no-such-model", device="cpu")
+except Exception as error:
+    print(type(error).__name__, [thread.name for thread in threading.enumerate()])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "ModelNotFoundError ['MainThread']\n"
