@@ -19,18 +19,16 @@ from collections.abc import Callable
 from functools import cache
 from math import exp, log
 
-import cffi
 import numpy as np
 from numba.core.ccallback import CFunc
 
 from minipaged.config import SamplingParams
 
 from . import selection, weights
+from .calls import address, callable_of
 from .compile_cache import c_function
 from .weights import CHUNK, WEIGHT_ERROR
 
-_FFI = cffi.FFI()
-_at = _FFI.from_buffer
 _SUM_ERROR = 2.0**-51
 """For each number that is summed: twice the 2**-53 of a sum, in either of two orders."""
 _MARGIN = 0.01
@@ -84,7 +82,7 @@ _WEIGH, _WEIGH_CHUNKS, _SUM_REACHING, _GROUP_MAXIMA, _LIST_REACHING, _SUM_BUCKET
 @cache
 def _passes() -> Callable:
     """What calls it from Python, without the GIL; made once."""
-    return _FFI.cast(f"void(*)({', '.join(['int64_t'] * 7)})", passes_function().address)
+    return callable_of(passes_function(), f"void(*)({', '.join(['int64_t'] * 7)})")
 
 
 class RowDrawer:
@@ -114,7 +112,7 @@ class RowDrawer:
         if not _TEMPERATURES[0] <= temperature <= _TEMPERATURES[1]:
             return -1
         self._settings[0], self._settings[1] = largest, temperature
-        row_at = int(_FFI.cast("intptr_t", _at(row)))
+        row_at = address(row)
         error = WEIGHT_ERROR + count * _SUM_ERROR
         top_k = params.top_k if params.top_k < count else 0
         try:

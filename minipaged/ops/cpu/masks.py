@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-import cffi
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -18,15 +17,12 @@ from numba.extending import intrinsic
 
 from minipaged.ops.sampling import few
 
+from .calls import buffer, callable_of
 from .compile_cache import c_function
 from .emit import F32, I32, I64, Emitter, kernel, vector
 from .logits import first_of_largest
 from .memory import floats, ints64, unsigned8
 
-_FFI = cffi.FFI()
-_at = _FFI.from_buffer
-"""Where an array's values are. NumPy's way there is Python code, which takes longer than a mask between two steps, when
-all of it is cold."""
 _LANES = 16
 _USUAL = 512  # room for the tokens of most masks
 _BIT, _I8, _I16 = ir.IntType(1), ir.IntType(8), ir.IntType(16)
@@ -84,15 +80,15 @@ def mask_function() -> CFunc:
 
 @cache
 def _call(function: Callable[[], CFunc], signature: str) -> Callable:
-    """What calls it from Python, without the GIL; made once, which takes longer than a call."""
-    return _FFI.cast(signature, function().address)
+    """What calls it from Python; made once."""
+    return callable_of(function(), signature)
 
 
 def mask_row(row: np.ndarray, bits: np.ndarray, out: np.ndarray) -> int:
     """As :func:`minipaged.sampling.masks.mask_row`; values of ``row`` and ``out`` must be neighbours in memory."""
     index = np.empty(1, np.int32)
     _call(mask_function, "void(*)(void *, void *, int64_t, void *, void *)")(
-        _at(row), _at(bits), len(row), _at(out), _at(index)
+        buffer(row), buffer(bits), len(row), buffer(out), buffer(index)
     )
     return int(index[0])
 
@@ -165,7 +161,7 @@ def few_allowed(row: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarr
     for room in (min(limit, _USUAL), limit):
         ids, logits = np.empty(room, np.int64), np.empty(room, np.float32)
         found = _call(few_function, "int64_t(*)(void *, void *, int64_t, int64_t, void *, void *)")(
-            _at(row), _at(bits), count, room, _at(ids), _at(logits)
+            buffer(row), buffer(bits), count, room, buffer(ids), buffer(logits)
         )
         if not few(found, count):
             return None
@@ -200,4 +196,4 @@ def likeliest_allowed_function() -> CFunc:
 
 def likeliest_allowed(row: np.ndarray, bits: np.ndarray) -> int:
     """As :func:`minipaged.sampling.masks.likeliest_allowed`; values of ``row`` must be neighbours in memory."""
-    return _call(likeliest_allowed_function, "int64_t(*)(void *, void *, int64_t)")(_at(row), _at(bits), len(row))
+    return _call(likeliest_allowed_function, "int64_t(*)(void *, void *, int64_t)")(buffer(row), buffer(bits), len(row))

@@ -140,10 +140,7 @@ def _group_kernel(layout: str, size: int, sum_factor: int | None):
         def value(k):
             return e.load(e.add(x, e.mul(k, 4)), one)
 
-        def largest_of(k, state):
-            return [_larger(e)(only(_magnitude_bits(e, value(k))), state[0])]
-
-        scale, inverse = _scale_of(e, e.loop(count, [ir.Constant(I32, 0)], largest_of)[0])
+        scale, inverse = row_scale(e, x, count)
         for first in range(0, size, _LANES):
             e.store(e.constant(vector(type_, _LANES), 0), e.add(q, first * bytes_))
 

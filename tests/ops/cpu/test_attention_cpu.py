@@ -52,14 +52,16 @@ class Layer:
     def _addresses(self):
         return self.model.ctypes.data, self.layers.ctypes.data, self.linears.ctypes.data
 
-    def attend(self, tile_sizes: list[int]) -> np.ndarray:
-        """All rows, in tiles of these sizes; ``[length, heads, dim]``."""
+    def attend(self, tile_sizes: list[int], thread: int = 0, num_threads: int = 1) -> np.ndarray:
+        """All rows, in tiles of these sizes; ``[length, heads, dim]``; other threads do nothing."""
         starts = np.cumsum([0, *tile_sizes[:-1]])
         tiles = np.array([(0, start, size, start) for start, size in zip(starts, tile_sizes, strict=True)], np.int32)
         self.model["tiles"], self.model["num_tiles"] = tiles.ctypes.data, len(tiles)
         self.attended[...] = np.nan
-        counter = np.zeros(1, np.int64)
-        attention.attention_phase(self.dtype).ctypes(*self._addresses(), counter.ctypes.data, 0, 1)
+        counters = np.zeros((num_threads, attention.COUNTER_BYTES // 8), np.int64)
+        phase = attention.attention_phase(self.dtype).ctypes
+        self.model["scratch"] = self.scratch.ctypes.data - thread * self.scratch.nbytes
+        phase(*self._addresses(), counters.ctypes.data, thread, num_threads)
         return self.attended.reshape(self.length, self.heads, self.dim).copy()
 
     def expected(self) -> np.ndarray:
@@ -110,6 +112,16 @@ def test_the_block_size_changes_no_bit(dtype):
     ]
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_a_thread_does_what_others_leave(dtype, num_threads):
+    """Its own share first, then theirs; the same values whoever computes them."""
+    layer = Layer(dtype, 20, kv_heads=3, heads=9)
+    expected = layer.attend([7, 7, 6])
+    for thread in range(num_threads):
+        np.testing.assert_array_equal(layer.attend([7, 7, 6], thread, num_threads), expected)
 
 
 @pytest.mark.parametrize("part, value", [("k", np.nan), ("v", np.nan), ("v", np.inf)])
