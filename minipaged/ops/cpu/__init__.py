@@ -3,4 +3,3 @@
 Start at :mod:`~minipaged.ops.cpu.features` (what this CPU can do), :mod:`~minipaged.ops.cpu.emit` (how a
 kernel is written) and :mod:`~minipaged.ops.cpu.products` (the kernel that matters most).
 """
-# another version# another version# another version

@@ -29,9 +29,9 @@ print(a.ctypes(7), b.ctypes(7), a.cache_hits + b.cache_hits)
 """
 
 
-def run(home, program=PROGRAM, **environment):
+def run(home, program=PROGRAM, cwd=None, **environment):
     environment = {**os.environ, "MINIPAGED_HOME": str(home), **environment}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, cwd=cwd)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -49,14 +49,15 @@ def test_what_was_imported_is_not_kept_for_sources_that_came_later(tmp_path):
     upgrade = """
 import minipaged.ops.cpu.compile_cache, pathlib
 path = pathlib.Path(minipaged.ops.cpu.__file__)
+assert path.is_relative_to(pathlib.Path.cwd()), "not the copy"
 path.write_text(path.read_text() + "# another version")
 """
     home, place = tmp_path / "home", {"PYTHONPATH": str(package)}
-    result = run(home, upgrade + PROGRAM, **place)
+    result = run(home, upgrade + PROGRAM, package, **place)
     assert result.stdout == "14 21 0\n" and result.stderr.count("start it again") == 1, result.stderr
     assert not (home / "compiled").exists()
-    assert run(home, PROGRAM, **place).stdout == "14 21 0\n", "nothing was kept"
-    assert run(home, PROGRAM, **place).stdout == "14 21 2\n"
+    assert run(home, PROGRAM, package, **place).stdout == "14 21 0\n", "nothing was kept"
+    assert run(home, PROGRAM, package, **place).stdout == "14 21 2\n"
 
 
 def test_another_level_has_a_place_of_its_own(tmp_path):
